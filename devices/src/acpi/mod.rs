@@ -1,0 +1,1 @@
+//! The event devices that the ACPI tables point at: Generic Event Device, sleep and reset.

@@ -1,0 +1,119 @@
+//! A disk's configuration.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::config::{Invalid, PciCommon};
+use crate::rate_limiter::RateLimiterConfig;
+
+/// A virtio block device and the image behind it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct DiskConfig {
+    #[serde(flatten)]
+    #[allow(missing_docs)]
+    pub common: PciCommon,
+    /// The image: a regular file or a block device.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// Refuse the guest's writes, and open the image for reading only.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Bypass the host's page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
+    /// Virtqueues, each served by a thread of its own; at most as many as the VM has vCPUs.
+    #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 64)]
+    pub num_queues: u16,
+    /// Descriptors of each queue: a power of two.
+    #[serde(default = "default_queue_size")]
+    #[schema(minimum = 2, maximum = 1024)]
+    pub queue_size: u16,
+    /// Limits on bandwidth and operations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Use plain preadv/pwritev on the queue's thread even where the kernel offers io_uring.
+    #[serde(default)]
+    pub disable_io_uring: bool,
+    /// Accepted for Cloud Hypervisor's clients. Linux AIO is never used, so there is nothing to
+    /// disable.
+    #[serde(default)]
+    pub disable_aio: bool,
+    /// What the guest reads as the disk's serial number (VIRTIO_BLK_T_GET_ID), up to 20 ASCII bytes;
+    /// derived from the image file when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 20)]
+    pub serial: Option<String>,
+    /// Whether the guest's DISCARD and WRITE_ZEROES give space back to the host.
+    #[serde(default = "yes")]
+    pub sparse: bool,
+    /// Format of the image. It is never guessed: an absent or `Unknown` type means `Raw`.
+    #[serde(default)]
+    pub image_type: ImageType,
+    /// How the image is locked against other processes.
+    #[serde(default)]
+    pub lock_granularity: LockGranularity,
+}
+
+/// Format of a disk image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum ImageType {
+    /// The bytes of the disk, as they are.
+    #[default]
+    Raw,
+    /// Accepted for Cloud Hypervisor's clients; means `Raw`.
+    Unknown,
+}
+
+/// How much of the image file the lock covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum LockGranularity {
+    /// The bytes that QEMU locks too, so that qemu-img and ballast respect one another.
+    #[default]
+    ByteRange,
+    /// The whole file.
+    Full,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn default_queue_size() -> u16 {
+    128
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl DiskConfig {
+    /// Checks all that can be known without looking at the host or at other devices.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        if self.path.as_os_str().is_empty() {
+            return Err(Invalid::new("path", "must not be empty"));
+        }
+        if !(1..=64).contains(&self.num_queues) {
+            return Err(Invalid::new("num_queues", "must be 1 to 64"));
+        }
+        if !(2..=1024).contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
+            return Err(Invalid::new(
+                "queue_size",
+                "must be a power of two from 2 to 1024",
+            ));
+        }
+        if let Some(serial) = &self.serial
+            && (serial.len() > 20 || !serial.is_ascii())
+        {
+            return Err(Invalid::new("serial", "must have at most 20 ASCII bytes"));
+        }
+        if let Some(limits) = &self.rate_limiter_config {
+            limits
+                .validate()
+                .map_err(|e| e.within("rate_limiter_config"))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,161 @@
+//! The configuration that all devices share, and the one list of the devices there are.
+//!
+//! A device's own configuration struct stands beside the device. The HTTP body, the config file
+//! and the OpenAPI document all follow from it.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use utoipa::ToSchema;
+
+use crate::block::{Block, DiskConfig};
+use crate::event::Reporter;
+use crate::rng::{Rng, RngConfig};
+use crate::sandbox::SeccompMode;
+use crate::virtio::VirtioDevice;
+
+/// What every PCI device's configuration begins with (flattened into it).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PciCommon {
+    /// Name of the device, unique in the VM; must not start with `__`. Made up as `_disk0`,
+    /// `_disk1`, … when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCI segment; there is only segment 0.
+    #[serde(default)]
+    #[schema(maximum = 0)]
+    pub pci_segment: u16,
+    /// PCI device number (slot) to use, 1–31; the lowest free one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 31)]
+    pub pci_device_id: Option<u8>,
+}
+
+/// A value in a configuration that can't be accepted: which one, and why.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{field}: {reason}")]
+pub struct Invalid {
+    /// Path of the field from the struct it was found in, as in `rate_limiter_config.ops.size`.
+    pub field: String,
+    /// What is wrong with it, and what would be right.
+    pub reason: String,
+}
+
+impl Invalid {
+    /// Refuses `field` because of `reason`.
+    pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+
+    /// The same refusal as seen from an outer struct in which this one is the field `outer`.
+    pub fn within(mut self, outer: &str) -> Self {
+        self.field = format!("{outer}.{}", self.field);
+        self
+    }
+}
+
+impl PciCommon {
+    /// Checks the rules of [`PciCommon`].
+    pub fn validate(&self) -> Result<(), Invalid> {
+        if let Some(id) = &self.id
+            && (id.is_empty() || id.starts_with("__") || id.len() > 255)
+        {
+            return Err(Invalid::new(
+                "id",
+                "must have 1 to 255 bytes and must not start with `__`",
+            ));
+        }
+        if self.pci_segment != 0 {
+            return Err(Invalid::new(
+                "pci_segment",
+                "not supported yet: there is only segment 0",
+            ));
+        }
+        match self.pci_device_id {
+            None | Some(1..=31) => Ok(()),
+            Some(_) => Err(Invalid::new("pci_device_id", "must be 1 to 31")),
+        }
+    }
+}
+
+/// What is needed to make a device: everything is opened and every thread started with it.
+pub struct BuildContext {
+    /// Where the device reports.
+    pub reporter: Reporter,
+    /// The mode of its threads' filters.
+    pub seccomp: SeccompMode,
+}
+
+/// Why a device could not be made.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// Something in the configuration does not fit the host (a missing file, a bad size).
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// Somebody else has the image.
+    #[error("{path} is in use by another process: {reason}")]
+    Locked {
+        /// The image.
+        path: String,
+        /// Which lock could not be had.
+        reason: String,
+    },
+    /// The host failed us.
+    #[error("{doing}: {source}")]
+    Host {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl BuildError {
+    /// The host failed while `doing`.
+    pub fn host(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        Self::Host {
+            doing: doing.into(),
+            source: source.into(),
+        }
+    }
+}
+
+/// The one list of devices that can be plugged into a slot.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DeviceConfig {
+    /// A virtio block device.
+    Disk(DiskConfig),
+    /// A virtio entropy device.
+    Rng(RngConfig),
+}
+
+impl DeviceConfig {
+    /// What all of them share.
+    pub fn common(&self) -> &PciCommon {
+        match self {
+            Self::Disk(config) => &config.common,
+            Self::Rng(config) => &config.common,
+        }
+    }
+
+    /// Checks all that can be known without looking at the host or at other devices.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        self.common().validate()?;
+        match self {
+            Self::Disk(config) => config.validate(),
+            Self::Rng(config) => config.validate(),
+        }
+    }
+
+    /// Makes the device: opens its files, starts its threads. Called on the VMM thread.
+    pub fn build(&self, context: BuildContext) -> Result<Arc<dyn VirtioDevice>, BuildError> {
+        match self {
+            Self::Disk(config) => Ok(Arc::new(Block::new(config, context)?)),
+            Self::Rng(config) => Ok(Arc::new(Rng::new(config, context)?)),
+        }
+    }
+}

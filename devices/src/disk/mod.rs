@@ -1,0 +1,1 @@
+//! Disk image engines: they know nothing of virtio.

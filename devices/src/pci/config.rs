@@ -1,0 +1,1 @@
+//! A PCI device's configuration space: registers, write masks, BARs, capabilities.

@@ -1,0 +1,1 @@
+//! ACPI PCI hotplug registers.

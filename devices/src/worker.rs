@@ -1,0 +1,340 @@
+//! A device's thread: born sandboxed, takes orders, dies by `Drop`.
+//!
+//! ```text
+//!            Activate                    Pause
+//!   idle ───────────────► running ◄────────────────► paused
+//!    ▲  ◄───────────────────┘ │        Resume          │
+//!    │         Reset          │ handler error          │ Reset
+//!    │                        ▼                        │
+//!    └──────────────────── failed ◄────────────────────┘
+//! ```
+//!
+//! The VMM thread spawns workers (filters are inherited, so a vCPU thread must never spawn); vCPU
+//! threads only send orders. An order that others wait for carries what to do when it is done.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+
+use thiserror::Error;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::event::{DeviceEvent, Reporter};
+use crate::sandbox::Filter;
+use crate::virtio::Activation;
+
+/// Called by the worker when an order is carried out.
+pub type Done = Box<dyn FnOnce() + Send>;
+
+/// What a worker can be told.
+pub enum Order {
+    /// The driver is ready: take these queues and serve them.
+    Activate(Box<Activation>),
+    /// The driver wants the device reset: finish what touches guest memory, give up the queues.
+    Reset(Done),
+    /// Finish what is in flight, then touch neither guest memory nor queues until told.
+    Pause(Done),
+    /// Go on.
+    Resume,
+    /// End the thread, after finishing what is in flight.
+    Stop,
+}
+
+/// Why a worker can't go on; the device then needs a reset.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct WorkerError(pub String);
+
+impl WorkerError {
+    /// An error that says what was being done and what went wrong.
+    pub fn new(doing: &str, error: impl std::fmt::Display) -> Self {
+        Self(format!("{doing}: {error}"))
+    }
+}
+
+/// Which descriptor became readable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The driver rang the doorbell of the n-th queue of the current [`Activation`].
+    Queue(usize),
+    /// The n-th descriptor of [`Handler::descriptors`].
+    Descriptor(usize),
+}
+
+/// The part of a worker that knows the device. All methods are called on the worker's thread,
+/// inside its filter.
+pub trait Handler: Send + 'static {
+    /// Descriptors to watch for as long as the thread lives (timers, completion eventfds).
+    fn descriptors(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+    /// Takes the queues, and serves what is in them already.
+    fn activate(&mut self, activation: Activation) -> Result<(), WorkerError>;
+    /// A descriptor became readable; the handler reads (resets) its own, the loop the doorbells.
+    fn ready(&mut self, source: Source) -> Result<(), WorkerError>;
+    /// Finishes what is in flight. Afterwards nothing of the handler touches guest memory.
+    fn quiesce(&mut self) -> Result<(), WorkerError>;
+    /// Goes on after [`Handler::quiesce`]; serves what has come meanwhile.
+    fn resume(&mut self) -> Result<(), WorkerError>;
+    /// Finishes what is in flight and gives up the queues; never fails, but may drop results.
+    fn reset(&mut self);
+}
+
+/// A device's thread as its owner holds it.
+pub struct Worker {
+    orders: Sender<Order>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+const WAKE: u64 = u64::MAX;
+const QUEUE: u64 = 1 << 32;
+
+impl Worker {
+    /// Spawns the thread `name` (shown in /proc, at most 15 characters are kept) and has it
+    /// install `filter` before anything else. Called on the VMM thread only.
+    pub fn spawn<H: Handler>(
+        name: &str,
+        filter: Filter,
+        reporter: Reporter,
+        handler: H,
+    ) -> io::Result<Self> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let epoll = Epoll::new()?;
+        watch(&epoll, wake.as_raw_fd(), WAKE)?;
+        for (index, descriptor) in handler.descriptors().into_iter().enumerate() {
+            watch(&epoll, descriptor, index as u64)?;
+        }
+        let (orders, inbox) = channel();
+        let body = Loop {
+            epoll,
+            wake: wake.clone(),
+            inbox,
+            reporter,
+            handler,
+            running: None,
+        };
+        let (installed, outcome) = channel();
+        let thread = std::thread::Builder::new()
+            .name(name.chars().take(15).collect())
+            .spawn(move || {
+                let result = filter.install();
+                let go = result.is_ok();
+                // The spawner waits for this, so it is there to hear it.
+                let _ = installed.send(result);
+                if go {
+                    body.run();
+                }
+            })?;
+        match outcome.recv() {
+            Ok(Ok(())) => Ok(Self {
+                orders,
+                wake,
+                thread: Some(thread),
+            }),
+            Ok(Err(error)) => Err(io::Error::other(error)),
+            Err(_) => Err(io::Error::other(
+                "the thread ended before its filter was in place",
+            )),
+        }
+    }
+
+    /// Sends an order; never blocks. A worker that is gone drops the order, and with it its
+    /// [`Done`].
+    pub fn order(&self, order: Order) {
+        if self.orders.send(order).is_ok() {
+            // An eventfd write fails only when the counter is full, and then it wakes anyway.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.order(Order::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic aborts the process, so a join can't report one.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn watch(epoll: &Epoll, descriptor: RawFd, token: u64) -> io::Result<()> {
+    epoll.ctl(
+        ControlOperation::Add,
+        descriptor,
+        EpollEvent::new(EventSet::IN, token),
+    )
+}
+
+/// What the loop keeps of the queues it handed to the handler.
+struct Running {
+    kicks: Vec<Arc<EventFd>>,
+    signals: Arc<dyn crate::virtio::TransportSignals>,
+}
+
+struct Loop<H> {
+    epoll: Epoll,
+    wake: Arc<EventFd>,
+    inbox: Receiver<Order>,
+    reporter: Reporter,
+    handler: H,
+    running: Option<Running>,
+}
+
+enum Flow {
+    Go,
+    End,
+}
+
+impl<H: Handler> Loop<H> {
+    fn run(mut self) {
+        let mut events = [EpollEvent::default(); 16];
+        loop {
+            let ready = match self.epoll.wait(-1, &mut events) {
+                Ok(ready) => ready,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    self.fail(WorkerError::new("waiting for events", error));
+                    return;
+                }
+            };
+            for event in &events[..ready] {
+                let flow = match event.data() {
+                    WAKE => {
+                        let _ = self.wake.read();
+                        self.take_orders()
+                    }
+                    token if token >= QUEUE => self.kicked((token - QUEUE) as usize),
+                    token => {
+                        self.attempt(|handler| handler.ready(Source::Descriptor(token as usize)))
+                    }
+                };
+                if let Flow::End = flow {
+                    self.handler.reset();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn kicked(&mut self, queue: usize) -> Flow {
+        // The event may be a leftover of queues that were given up in this very round.
+        let Some(kick) = self.running.as_ref().and_then(|r| r.kicks.get(queue)) else {
+            return Flow::Go;
+        };
+        let _ = kick.read();
+        self.attempt(|handler| handler.ready(Source::Queue(queue)))
+    }
+
+    fn take_orders(&mut self) -> Flow {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(order) => {
+                    if let Flow::End = self.obey(order) {
+                        return Flow::End;
+                    }
+                }
+                Err(TryRecvError::Empty) => return Flow::Go,
+                Err(TryRecvError::Disconnected) => return Flow::End,
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Order) -> Flow {
+        match order {
+            Order::Activate(activation) => self.activate(*activation),
+            Order::Reset(done) => {
+                self.give_up_queues();
+                done();
+                Flow::Go
+            }
+            Order::Pause(done) => {
+                if self.running.is_some() {
+                    self.attempt(Handler::quiesce);
+                }
+                done();
+                self.paused()
+            }
+            Order::Resume => Flow::Go,
+            Order::Stop => Flow::End,
+        }
+    }
+
+    /// Paused: only orders are heard, so nothing can start by itself.
+    fn paused(&mut self) -> Flow {
+        loop {
+            match self.inbox.recv() {
+                Ok(Order::Resume) => break,
+                Ok(Order::Reset(done)) => {
+                    self.give_up_queues();
+                    done();
+                }
+                Ok(Order::Activate(activation)) => {
+                    // Sent just before the vCPUs stopped: take the queues, but stay quiet.
+                    self.activate(*activation);
+                    if self.running.is_some() {
+                        self.attempt(Handler::quiesce);
+                    }
+                }
+                Ok(Order::Pause(done)) => done(),
+                Ok(Order::Stop) | Err(_) => return Flow::End,
+            }
+        }
+        if self.running.is_some() {
+            return self.attempt(Handler::resume);
+        }
+        Flow::Go
+    }
+
+    fn activate(&mut self, activation: Activation) -> Flow {
+        self.give_up_queues();
+        let kicks: Vec<_> = activation.queues.iter().map(|q| q.kick()).collect();
+        for (index, kick) in kicks.iter().enumerate() {
+            if let Err(error) = watch(&self.epoll, kick.as_raw_fd(), QUEUE + index as u64) {
+                self.fail(WorkerError::new("watching a queue", error));
+            }
+        }
+        self.running = Some(Running {
+            kicks,
+            signals: activation.signals.clone(),
+        });
+        self.attempt(|handler| handler.activate(activation))
+    }
+
+    fn attempt(&mut self, step: impl FnOnce(&mut H) -> Result<(), WorkerError>) -> Flow {
+        if let Err(error) = step(&mut self.handler) {
+            self.fail(error);
+        }
+        Flow::Go
+    }
+
+    /// The device can't go on: say so to the driver (virtio 1.3 §2.1.1) and to the VMM, and wait
+    /// for a reset.
+    fn fail(&mut self, error: WorkerError) {
+        if let Some(running) = &self.running {
+            running.signals.needs_reset();
+        }
+        self.give_up_queues();
+        self.reporter.report(DeviceEvent::Failed {
+            reason: error.to_string(),
+        });
+    }
+
+    fn give_up_queues(&mut self) {
+        if let Some(running) = self.running.take() {
+            self.handler.reset();
+            for kick in running.kicks {
+                // Fails only for a descriptor that was never added.
+                let _ = self.epoll.ctl(
+                    ControlOperation::Delete,
+                    kick.as_raw_fd(),
+                    EpollEvent::default(),
+                );
+            }
+        }
+    }
+}

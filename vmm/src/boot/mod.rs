@@ -1,0 +1,1 @@
+//! Loading a kernel or firmware and preparing vCPUs to run it.

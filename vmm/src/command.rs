@@ -1,0 +1,148 @@
+//! Everything the VMM can be asked to do, and everything the guest can make it do: the messages of
+//! the one inbox.
+
+use std::sync::mpsc;
+
+use devices::config::DeviceConfig;
+use tokio::sync::{broadcast, oneshot, watch};
+
+use crate::config::VmConfig;
+use crate::error::Error;
+use crate::event::{Event, Events};
+use crate::status::{PciDeviceInfo, Status, VmCounters};
+
+/// Where a command's answer goes. The type of the answer is part of the question.
+pub type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// What a client can ask for. `vmm.ping` and `vm.info` are not here: they read what is published.
+#[derive(Debug)]
+#[expect(
+    missing_docs,
+    reason = "the fields are the request's parts and its reply"
+)]
+pub enum Command {
+    /// `vm.create`: check the configuration and keep it.
+    Create {
+        config: Box<VmConfig>,
+        reply: Reply<()>,
+    },
+    /// `vm.boot`: build the machine and start it.
+    Boot { reply: Reply<()> },
+    /// `vm.shutdown`: pull the plug; the configuration stays.
+    Shutdown { reply: Reply<()> },
+    /// `vm.reboot`: pull the plug and boot again.
+    Reboot { reply: Reply<()> },
+    /// `vm.pause`: stop vCPUs, drain devices.
+    Pause { reply: Reply<()> },
+    /// `vm.resume`: undo a pause.
+    Resume { reply: Reply<()> },
+    /// `vm.power-button`: press the ACPI power button.
+    PowerButton { reply: Reply<()> },
+    /// `vm.nmi`: interrupt every vCPU, unmaskably.
+    Nmi { reply: Reply<()> },
+    /// `vm.delete`: forget the VM, after pulling the plug if need be.
+    Delete { reply: Reply<()> },
+    /// `vm.counters`.
+    Counters { reply: Reply<VmCounters> },
+    /// `vm.add-disk` and its kin: plug a device into the running guest (answers where), or add it
+    /// to the configuration of one that is not booted (answers `None`).
+    AddDevice {
+        device: Box<DeviceConfig>,
+        reply: Reply<Option<PciDeviceInfo>>,
+    },
+    /// `vm.remove-device`: ask the guest to let go of a device.
+    RemoveDevice { id: String, reply: Reply<()> },
+    /// `vmm.shutdown`: pull the plug and end the process.
+    VmmShutdown { reply: Reply<()> },
+}
+
+/// What arrives in the inbox.
+#[derive(Debug)]
+pub enum Message {
+    /// A client asks.
+    Command(Command),
+    /// The guest did something: look at the signals. Sent once until they are looked at, however
+    /// often the guest does it.
+    Guest,
+    /// SIGTERM or SIGINT.
+    Terminate,
+}
+
+/// The VMM thread as everyone else holds it; cheap to clone.
+#[derive(Clone)]
+pub struct Handle {
+    inbox: mpsc::Sender<Message>,
+    status: watch::Receiver<Status>,
+    events: Events,
+    ended: watch::Receiver<bool>,
+}
+
+/// The other end of a [`Handle`]: what the VMM thread, or a test in its place, holds.
+pub struct Endpoint {
+    /// The messages.
+    pub inbox: mpsc::Receiver<Message>,
+    /// To send messages to oneself, from other threads.
+    pub sender: mpsc::Sender<Message>,
+    /// What is published.
+    pub status: watch::Sender<Status>,
+    /// Where events are emitted.
+    pub events: Events,
+    /// Set to true when the process is to end.
+    pub ended: watch::Sender<bool>,
+}
+
+/// Makes both ends.
+pub fn channel(events: Events) -> (Handle, Endpoint) {
+    let (sender, inbox) = mpsc::channel();
+    let (status_sender, status) = watch::channel(None);
+    let (ended_sender, ended) = watch::channel(false);
+    let handle = Handle {
+        inbox: sender.clone(),
+        status,
+        events: events.clone(),
+        ended,
+    };
+    let endpoint = Endpoint {
+        inbox,
+        sender,
+        status: status_sender,
+        events,
+        ended: ended_sender,
+    };
+    (handle, endpoint)
+}
+
+impl Handle {
+    /// Sends a command and waits for its answer, as in
+    /// `handle.request(|reply| Command::Boot { reply })`.
+    pub async fn request<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Error::host("asking the VMM thread", "it has ended");
+        self.inbox
+            .send(Message::Command(command(reply)))
+            .map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Tells the VMM thread to end the process in an orderly way (SIGTERM, SIGINT).
+    pub fn terminate(&self) {
+        // Fails only when the thread has ended already.
+        let _ = self.inbox.send(Message::Terminate);
+    }
+
+    /// The VM as last published; `None` while there is none.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Listens to all events from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Waits until the VMM thread has shut everything down and the process is to end.
+    pub async fn ended(&self) {
+        // An error means that the thread is gone, which is an end too.
+        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+    }
+}

@@ -1,0 +1,121 @@
+//! What can go wrong, named for what the caller can do about it. `api` has the one place that
+//! turns these into HTTP statuses.
+
+use devices::config::{BuildError, Invalid};
+use thiserror::Error;
+
+use crate::state::State;
+
+/// Why a command was refused or failed. Whatever it is, nothing was changed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// There is no VM; `vm.create` makes one. The text is what Cloud Hypervisor's clients look
+    /// for.
+    #[error("VM is not created")]
+    NotCreated,
+    /// There is a VM already; `vm.delete` takes it away.
+    #[error("VM is already created")]
+    AlreadyCreated,
+    /// The command does not fit what the VM is doing.
+    #[error("{command} is not possible while the VM is {state}")]
+    WrongState {
+        /// The command, by its name in the API.
+        command: &'static str,
+        /// What the VM is doing.
+        state: State,
+    },
+    /// No device has this id.
+    #[error("there is no device `{id}`")]
+    UnknownDevice {
+        /// The id asked for.
+        id: String,
+    },
+    /// The device is part of the machine.
+    #[error("device `{id}` can't be removed: {reason}")]
+    NotRemovable {
+        /// The id asked for.
+        id: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// Two devices would have the same id.
+    #[error("{field}: the id `{id}` is taken")]
+    DuplicateId {
+        /// Where it was found.
+        field: String,
+        /// The id.
+        id: String,
+    },
+    /// Two disks would have the same image.
+    #[error("{field}: `{path}` is already used by disk `{id}`")]
+    DuplicatePath {
+        /// Where it was found.
+        field: String,
+        /// The image.
+        path: String,
+        /// Who has it.
+        id: String,
+    },
+    /// A value that can't be accepted.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// Somebody else is using the file.
+    #[error("{path} is in use: {reason}")]
+    Busy {
+        /// The file.
+        path: String,
+        /// By whom, as far as is known.
+        reason: String,
+    },
+    /// The PCI bus is full, or the slot asked for is taken.
+    #[error("no PCI slot: {0}")]
+    NoSlot(String),
+    /// The host has not enough memory, now.
+    #[error("not enough host memory: {0}")]
+    OutOfMemory(String),
+    /// The guest or the host took too long; the command may be sent again.
+    #[error("{0} took too long")]
+    Timeout(&'static str),
+    /// The host failed us.
+    #[error("{doing}: {reason}")]
+    Host {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// The host failed while `doing`.
+    pub fn host(doing: impl Into<String>, reason: impl std::fmt::Display) -> Self {
+        Self::Host {
+            doing: doing.into(),
+            reason: reason.to_string(),
+        }
+    }
+
+    /// The same error as seen from an outer struct in which this one's field lies under `outer`.
+    pub fn within(self, outer: &str) -> Self {
+        match self {
+            Self::Invalid(invalid) => Self::Invalid(invalid.within(outer)),
+            other => other,
+        }
+    }
+}
+
+impl From<BuildError> for Error {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Invalid(invalid) => Self::Invalid(invalid),
+            BuildError::Locked { path, reason } => Self::Busy { path, reason },
+            BuildError::Host { doing, source } => {
+                if source.raw_os_error() == Some(libc::ENOMEM) {
+                    Self::OutOfMemory(doing)
+                } else {
+                    Self::host(doing, source)
+                }
+            }
+        }
+    }
+}

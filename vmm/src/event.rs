@@ -1,0 +1,85 @@
+//! The VM's events: Cloud Hypervisor's names, plus the failures it does not tell.
+//!
+//! Events go into a bounded ring (a tokio broadcast channel); whoever reads too slowly misses the
+//! oldest ones and is told how many. Nobody who emits ever waits.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::sync::broadcast;
+use utoipa::ToSchema;
+
+/// Events kept for slow readers.
+const RING: usize = 256;
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Event {
+    /// Time since the process started.
+    pub timestamp: Timestamp,
+    /// `vmm`, `vm`, `virtio-device` or `guest`.
+    pub source: &'static str,
+    /// What happened.
+    pub event: &'static str,
+    /// Details, or null.
+    pub properties: Option<BTreeMap<String, String>>,
+}
+
+/// A duration as Cloud Hypervisor writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Timestamp {
+    /// Whole seconds.
+    pub secs: u64,
+    /// Nanoseconds beyond them.
+    pub nanos: u32,
+}
+
+impl From<Duration> for Timestamp {
+    fn from(duration: Duration) -> Self {
+        Self {
+            secs: duration.as_secs(),
+            nanos: duration.subsec_nanos(),
+        }
+    }
+}
+
+/// Where events are emitted; cheap to clone, usable on every thread.
+#[derive(Clone)]
+pub struct Events {
+    start: Instant,
+    sender: broadcast::Sender<Event>,
+}
+
+impl Events {
+    /// A ring nobody listens to yet; time counts from `start`.
+    pub fn new(start: Instant) -> Self {
+        Self {
+            start,
+            sender: broadcast::Sender::new(RING),
+        }
+    }
+
+    /// Listens to all that is emitted from now on.
+    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.sender.subscribe()
+    }
+
+    /// Emits an event and logs it.
+    pub fn emit(&self, source: &'static str, event: &'static str, properties: &[(&str, &str)]) {
+        tracing::info!(target: "event", source, event, ?properties);
+        let properties = (!properties.is_empty()).then(|| {
+            properties
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect()
+        });
+        // Fails only when nobody listens.
+        let _ = self.sender.send(Event {
+            timestamp: self.start.elapsed().into(),
+            source,
+            event,
+            properties,
+        });
+    }
+}

@@ -1,0 +1,1 @@
+//! Interrupt delivery over KVM: irqfds and MSI routes.

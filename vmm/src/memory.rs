@@ -1,0 +1,1 @@
+//! Guest RAM: mapping it on the host, telling KVM.

@@ -1,0 +1,81 @@
+//! The VM as `vm.info` shows it. The VMM thread publishes it after every change; readers never
+//! wait for that thread.
+
+use std::collections::BTreeMap;
+
+use devices::pci::BarInfo;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::config::VmConfig;
+use crate::state::State;
+
+/// `vm.info`.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+pub struct VmInfo {
+    /// The configuration, with made-up ids and the paths of pseudo-terminals filled in.
+    pub config: VmConfig,
+    /// What the VM is doing.
+    pub state: State,
+    /// Bytes of RAM the guest can use.
+    pub memory_actual_size: u64,
+    /// The devices of a booted VM by id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// A device of a booted VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct DeviceNode {
+    /// The device's id.
+    pub id: String,
+    /// Addresses it occupies.
+    pub resources: Vec<Resource>,
+    /// The device it hangs from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The devices that hang from it.
+    pub children: Vec<String>,
+    /// Its PCI address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "0000:00:02.0")]
+    pub pci_bdf: Option<String>,
+    /// Present while the device is on its way out: the guest has been asked to eject it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub removal: Option<Removal>,
+}
+
+/// Where a removal stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Removal {
+    /// The guest has been asked and has not ejected the device yet.
+    Removing,
+    /// The guest has not ejected it in time; `vm.remove-device` asks again, and a reset of the
+    /// guest completes it.
+    TimedOut,
+}
+
+/// Addresses a device occupies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub enum Resource {
+    /// A PCI base address register.
+    PciBar(BarInfo),
+}
+
+/// `vm.add-*` on a booted VM: where the device was plugged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PciDeviceInfo {
+    /// The device's id.
+    #[schema(example = "_disk1")]
+    pub id: String,
+    /// Its PCI address: segment, bus, device, function.
+    #[schema(example = "0000:00:05.0")]
+    pub bdf: String,
+}
+
+/// `vm.counters`: running totals by device id and counter name.
+pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// What the VMM thread publishes: `None` while there is no VM.
+pub type Status = Option<std::sync::Arc<VmInfo>>;
