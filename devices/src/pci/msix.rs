@@ -64,13 +64,12 @@ struct Entry {
     routed: Option<(u64, u32)>,
 }
 
-struct Vector {
-    msi: Arc<dyn MsiVector>,
-    gate: Mutex<Gate>,
-}
+/// A vector's gate.
+struct Vector(Mutex<Gate>);
 
-#[derive(Default)]
 struct Gate {
+    /// Gone once the device is on its way out.
+    msi: Option<Arc<dyn MsiVector>>,
     open: bool,
     enabled: bool,
     pending: bool,
@@ -93,9 +92,13 @@ impl Msix {
             }),
             vectors: vectors
                 .into_iter()
-                .map(|msi| Vector {
-                    msi,
-                    gate: Mutex::default(),
+                .map(|msi| {
+                    Vector(Mutex::new(Gate {
+                        msi: Some(msi),
+                        open: false,
+                        enabled: false,
+                        pending: false,
+                    }))
                 })
                 .collect(),
             enabled: AtomicBool::new(false),
@@ -159,7 +162,7 @@ impl Msix {
         };
         let mut gate = vector.lock();
         if gate.open {
-            self.deliver(index.into(), vector);
+            self.deliver(index.into(), &gate);
         } else {
             gate.pending |= gate.enabled;
         }
@@ -170,6 +173,21 @@ impl Msix {
     pub fn clear_pending(&self) {
         for vector in &self.vectors {
             vector.lock().pending = false;
+        }
+    }
+
+    /// Gives the vectors back to the machine, on the calling thread: a device thread that drops the
+    /// last reference to this table may not make the system calls that takes. Nothing is delivered
+    /// afterwards. Called on the VMM thread.
+    pub fn release(&self) {
+        // With the table locked no vCPU holds a vector in order to route it.
+        let _table = self.lock_table();
+        for vector in &self.vectors {
+            let mut gate = vector.lock();
+            gate.open = false;
+            let msi = gate.msi.take();
+            drop(gate);
+            drop(msi);
         }
     }
 
@@ -202,7 +220,7 @@ impl Msix {
     /// A guest read of the pending bits: 4 or 8 bytes, aligned; others read as zeroes. Writes have
     /// no effect.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
-        if !matches!(data.len(), 4 | 8) || offset % data.len() as u64 != 0 {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             data.fill(0);
             return;
         }
@@ -230,14 +248,19 @@ impl Msix {
         let mut open = table.enabled && !masked;
         let message = (entry.address, entry.data);
         if open && entry.routed != Some(message) {
-            vector.lock().open = false;
             entry.routed = None;
-            match vector.msi.route(entry.address, entry.data) {
-                Ok(()) => entry.routed = Some(message),
-                Err(error) => {
+            let msi = {
+                let mut gate = vector.lock();
+                gate.open = false;
+                gate.msi.clone()
+            };
+            match msi.map(|msi| msi.route(entry.address, entry.data)) {
+                Some(Ok(())) => entry.routed = Some(message),
+                Some(Err(error)) => {
                     open = false;
                     self.warn(index, "an interrupt could not be routed", &error);
                 }
+                None => open = false,
             }
         }
         let mut gate = vector.lock();
@@ -245,12 +268,12 @@ impl Msix {
         gate.enabled = table.enabled;
         gate.pending &= table.enabled;
         if open && std::mem::take(&mut gate.pending) {
-            self.deliver(index, vector);
+            self.deliver(index, &gate);
         }
     }
 
-    fn deliver(&self, index: usize, vector: &Vector) {
-        if let Err(error) = vector.msi.trigger() {
+    fn deliver(&self, index: usize, gate: &Gate) {
+        if let Some(Err(error)) = gate.msi.as_ref().map(|msi| msi.trigger()) {
             self.warn(index, "an interrupt could not be delivered", &error);
         }
     }
@@ -268,7 +291,7 @@ impl Msix {
 
 impl Vector {
     fn lock(&self) -> MutexGuard<'_, Gate> {
-        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -297,7 +320,7 @@ impl Entry {
 /// Calls `visit(entry, dword of the entry, position in the data)` for each dword of a well-formed
 /// access, and not at all for another.
 fn each_dword(offset: u64, len: usize, mut visit: impl FnMut(usize, u64, usize)) {
-    if !matches!(len, 4 | 8) || offset % len as u64 != 0 {
+    if !matches!(len, 4 | 8) || !offset.is_multiple_of(len as u64) {
         return;
     }
     for (at, position) in (0..len).step_by(4).zip((offset / 4)..) {
@@ -425,6 +448,19 @@ mod tests {
         vectors[0].refuse.store(false, Ordering::SeqCst);
         program(&msix, 0, 0x41, 0);
         assert_eq!((pending(&msix), vectors[0].fired()), (0, 1));
+    }
+
+    #[test]
+    fn released_vectors_are_dropped_and_deliver_nothing() {
+        let (msix, vectors) = msix(1);
+        msix.set_control(CONTROL_ENABLE);
+        program(&msix, 0, 0x41, 0);
+        msix.release();
+        assert_eq!(Arc::strong_count(&vectors[0]), 1);
+        program(&msix, 0, 0x42, 1);
+        program(&msix, 0, 0x42, 0);
+        msix.trigger(0);
+        assert_eq!(vectors[0].fired(), 0);
     }
 
     #[test]
