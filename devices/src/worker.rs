@@ -293,15 +293,18 @@ impl<H: Handler> Loop<H> {
     fn activate(&mut self, activation: Activation) -> Flow {
         self.give_up_queues();
         let kicks: Vec<_> = activation.queues.iter().map(|q| q.kick()).collect();
-        for (index, kick) in kicks.iter().enumerate() {
-            if let Err(error) = watch(&self.epoll, kick.as_raw_fd(), QUEUE + index as u64) {
-                self.fail(WorkerError::new("watching a queue", error));
-            }
-        }
+        let watched = (kicks.iter().enumerate()).try_for_each(|(index, kick)| {
+            watch(&self.epoll, kick.as_raw_fd(), QUEUE + index as u64)
+        });
+        // From here on a failure has someone to tell, and descriptors to stop watching.
         self.running = Some(Running {
             kicks,
             signals: activation.signals.clone(),
         });
+        if let Err(error) = watched {
+            self.fail(WorkerError::new("watching a queue", error));
+            return Flow::Go;
+        }
         self.attempt(|handler| handler.activate(activation))
     }
 

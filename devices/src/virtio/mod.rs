@@ -14,6 +14,9 @@ use crate::worker::Worker;
 pub mod config_space;
 pub mod pci;
 pub mod queue;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 
 pub use queue::VirtQueue;
 

@@ -5,13 +5,17 @@
 //! iterator; notification suppression (§2.7.7, §2.7.10) is used in both directions.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use thiserror::Error;
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::QueueInterrupt;
 use crate::guest_memory::GuestRam;
+use crate::worker::WorkerError;
 
 /// A chain of descriptors that points into guest RAM.
 pub type Chain = DescriptorChain<GuestRam>;
@@ -24,7 +28,7 @@ pub struct QueueError {
     source: virtio_queue::Error,
 }
 
-impl From<QueueError> for crate::worker::WorkerError {
+impl From<QueueError> for WorkerError {
     fn from(error: QueueError) -> Self {
         Self(error.to_string())
     }
@@ -103,16 +107,52 @@ impl VirtQueue {
 
     /// Interrupts the driver if it wants to know of what was used since the last time.
     pub fn notify(&mut self) -> Result<(), QueueError> {
-        let wanted = self
-            .queue
-            .needs_notification(&*self.memory)
-            .map_err(|source| QueueError {
-                index: self.index,
-                source,
-            })?;
-        if wanted {
+        let index = self.index;
+        let fail = |source| QueueError { index, source };
+        // This has a full fence between what was used and what the driver says it wants.
+        let wanted = self.queue.needs_notification(&*self.memory).map_err(fail)?;
+        if wanted && !self.interrupts_suppressed().map_err(fail)? {
             self.interrupt.trigger();
         }
+        Ok(())
+    }
+
+    /// VIRTQ_AVAIL_F_NO_INTERRUPT (§2.7.7), which counts only without EVENT_IDX.
+    fn interrupts_suppressed(&self) -> Result<bool, virtio_queue::Error> {
+        if self.queue.event_idx_enabled() {
+            return Ok(false);
+        }
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+    }
+
+    /// Rings the doorbell in the driver's stead: the worker's loop comes back to this queue, after
+    /// it has heard its orders.
+    pub fn ring(&self) {
+        // Fails only when the counter is full, and then it rings anyway.
+        let _ = self.kick.write(1);
+    }
+
+    /// Serves chains one by one until there are none left, with the driver's doorbell off
+    /// meanwhile. A driver that adds chains as fast as they are served does not keep the worker
+    /// from its orders: after twice the size of the queue the rest waits for the next
+    /// [`VirtQueue::ring`], which this gives itself.
+    pub fn serve(
+        &mut self,
+        mut serve_one: impl FnMut(&mut Self, Chain) -> Result<(), WorkerError>,
+    ) -> Result<(), WorkerError> {
+        self.disable_kicks()?;
+        for _ in 0..2 * u32::from(self.size()) {
+            match self.pop()? {
+                Some(chain) => serve_one(self, chain)?,
+                None if self.enable_kicks()? => self.disable_kicks()?,
+                None => return Ok(()),
+            }
+        }
+        self.ring();
         Ok(())
     }
 

@@ -1,1 +1,0 @@
-//! The virtio PCI transport, modern only (virtio 1.3 §4.1).
