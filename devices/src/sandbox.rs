@@ -113,7 +113,7 @@ pub mod numbers {
         eventfd2 = SYS_eventfd2, exit = SYS_exit, exit_group = SYS_exit_group,
         fallocate = SYS_fallocate, fchmod = SYS_fchmod, fcntl = SYS_fcntl,
         fdatasync = SYS_fdatasync, flock = SYS_flock, fstat = SYS_fstat, fstatfs = SYS_fstatfs,
-        fsync = SYS_fsync, ftruncate = SYS_ftruncate, futex = SYS_futex, getpid = SYS_getpid,
+        fsync = SYS_fsync, ftruncate = SYS_ftruncate, futex = SYS_futex, getpgrp = SYS_getpgrp, getpid = SYS_getpid,
         getrandom = SYS_getrandom, getsockopt = SYS_getsockopt, gettid = SYS_gettid,
         getuid = SYS_getuid, io_uring_enter = SYS_io_uring_enter,
         io_uring_register = SYS_io_uring_register, io_uring_setup = SYS_io_uring_setup,
@@ -208,6 +208,7 @@ impl Filter {
             thread: thread.to_owned(),
             source,
         };
+        settle_allocator();
         let violation = match mode {
             SeccompMode::Off => {
                 return Ok(Self {
@@ -259,6 +260,23 @@ impl Filter {
             source,
         })
     }
+}
+
+/// Has glibc's allocator read `/proc/sys/vm/overcommit_memory` now, on a thread that may.
+///
+/// It does so, once in a process, when a thread first frees enough at the end of its own arena
+/// (`check_may_shrink_heap`): rarely, at any time, in any thread, and for a sandboxed one that
+/// would be the end. The first filter is compiled before any is installed.
+fn settle_allocator() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let churn = || drop([(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)));
+        // A second thread has an arena that is not the first one's. Without one there is nothing
+        // to settle.
+        if let Ok(thread) = std::thread::Builder::new().spawn(churn) {
+            let _ = thread.join();
+        }
+    });
 }
 
 impl Argument {
