@@ -1,0 +1,33 @@
+//! The API's own description.
+
+use axum::extract::RawQuery;
+use axum::response::Response;
+
+use super::json_bytes;
+use crate::error::ApiError;
+use crate::openapi::{OPENAPI_3_0, OPENAPI_3_1};
+
+/// Describe the API
+///
+/// As OpenAPI 3.1, or 3.0 for generators that need it.
+#[utoipa::path(
+    get, path = "/openapi.json", operation_id = "getOpenApi", tag = "vmm",
+    params((
+        "version" = Option<String>, Query, nullable = false,
+        description = "`3.1` (the default) or `3.0`", example = "3.0"
+    )),
+    responses((status = 200, description = "The document.", body = serde_json::Value)),
+)]
+pub async fn openapi(RawQuery(query): RawQuery) -> Result<Response, ApiError> {
+    let query = query.unwrap_or_default();
+    let version = query
+        .split('&')
+        .find_map(|pair| pair.strip_prefix("version="));
+    match version {
+        None | Some("3.1" | "3.1.0") => Ok(json_bytes(OPENAPI_3_1)),
+        Some("3.0" | "3.0.3") => Ok(json_bytes(OPENAPI_3_0)),
+        Some(_) => Err(
+            ApiError::bad_request("invalid", "version: must be 3.1 or 3.0").with_field("version"),
+        ),
+    }
+}
