@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use crate::block::{Block, DiskConfig};
 use crate::event::Reporter;
 use crate::rng::{Rng, RngConfig};
-use crate::sandbox::SeccompMode;
+use crate::sandbox::{Allow, SeccompMode};
 use crate::virtio::VirtioDevice;
 
 /// What every PCI device's configuration begins with (flattened into it).
@@ -139,6 +139,36 @@ impl DeviceConfig {
         match self {
             Self::Disk(config) => &config.common,
             Self::Rng(config) => &config.common,
+        }
+    }
+
+    /// The same, to fill in a made-up id.
+    pub fn common_mut(&mut self) -> &mut PciCommon {
+        match self {
+            Self::Disk(config) => &mut config.common,
+            Self::Rng(config) => &mut config.common,
+        }
+    }
+
+    /// What made-up ids of such devices begin with.
+    pub fn id_prefix(&self) -> &'static str {
+        match self {
+            Self::Disk(_) => "_disk",
+            Self::Rng(_) => "_rng",
+        }
+    }
+
+    /// The calls its threads make, for the filter of the thread that spawns them.
+    pub fn syscalls() -> [&'static [Allow]; 2] {
+        [crate::block::SYSCALLS, crate::rng::SYSCALLS]
+    }
+
+    /// Checks what it needs of the host, and changes nothing there: files that exist, are of the
+    /// right kind and can be opened.
+    pub fn check_host(&self) -> Result<(), BuildError> {
+        match self {
+            Self::Disk(config) => config.check_host(),
+            Self::Rng(config) => config.check_host(),
         }
     }
 

@@ -1,9 +1,9 @@
 //! What devices and the guest report to the VMM, without ever blocking or queueing without bound.
 
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::time::Instant;
+use std::time::Duration;
+
+use crate::throttle::Throttle;
 
 /// Something that happened in a device, told to whoever listens to the VM's events.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,29 +38,25 @@ pub type EventSink = Arc<dyn Fn(&str, DeviceEvent) + Send + Sync>;
 pub struct Reporter {
     id: Arc<str>,
     sink: EventSink,
-    io_errors: Arc<Mutex<Limit>>,
-}
-
-struct Limit {
-    window: Instant,
-    reported: u32,
-    suppressed: u64,
+    io_errors: Arc<Throttle>,
+    others: Arc<Throttle>,
 }
 
 /// I/O errors reported per device and second; the rest are counted.
 const IO_ERRORS_PER_SECOND: u32 = 10;
+/// All other events per device and second; a driver that takes and resets its device in a loop
+/// must not push everything else out of the event ring.
+const OTHERS_PER_SECOND: u32 = 50;
 
 impl Reporter {
     /// A reporter for the device `id`.
     pub fn new(id: &str, sink: EventSink) -> Self {
+        let per_second = |most| Arc::new(Throttle::new(most, Duration::from_secs(1)));
         Self {
             id: id.into(),
             sink,
-            io_errors: Arc::new(Mutex::new(Limit {
-                window: Instant::now(),
-                reported: 0,
-                suppressed: 0,
-            })),
+            io_errors: per_second(IO_ERRORS_PER_SECOND),
+            others: per_second(OTHERS_PER_SECOND),
         }
     }
 
@@ -74,40 +70,31 @@ impl Reporter {
         &self.id
     }
 
-    /// Reports an event.
+    /// Reports an event, at most [`OTHERS_PER_SECOND`] a second.
     pub fn report(&self, event: DeviceEvent) {
-        (self.sink)(&self.id, event);
+        if self.others.pass().is_some() {
+            (self.sink)(&self.id, event);
+        }
     }
 
     /// Reports a failed request, at most [`IO_ERRORS_PER_SECOND`] a second.
     pub fn io_error(&self, operation: &'static str, offset_bytes: u64, error: &dyn ToString) {
-        let suppressed = {
-            let mut limit = self
-                .io_errors
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            if limit.window.elapsed().as_secs() >= 1 {
-                limit.window = Instant::now();
-                limit.reported = 0;
-            }
-            if limit.reported >= IO_ERRORS_PER_SECOND {
-                limit.suppressed += 1;
-                return;
-            }
-            limit.reported += 1;
-            std::mem::take(&mut limit.suppressed)
-        };
-        self.report(DeviceEvent::IoError {
-            operation,
-            offset_bytes,
-            error: error.to_string(),
-            suppressed,
-        });
+        if let Some(suppressed) = self.io_errors.pass() {
+            let event = DeviceEvent::IoError {
+                operation,
+                offset_bytes,
+                error: error.to_string(),
+                suppressed,
+            };
+            (self.sink)(&self.id, event);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
 
     #[test]

@@ -16,6 +16,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+pub use syscalls::Sysno;
 use thiserror::Error;
 
 pub mod violation;
@@ -91,51 +92,11 @@ macro_rules! allow {
     };
     ($call:ident, $($index:expr => $test:expr),* $(,)?) => {
         $crate::sandbox::Allow {
-            number: $crate::sandbox::numbers::$call,
+            number: $crate::sandbox::Sysno::$call as i64,
             name: stringify!($call),
             arguments: &[$($crate::sandbox::Argument { index: $index, test: $test }),*],
         }
     };
-}
-
-/// The numbers of the calls that appear in allow-lists, by their plain names, so that [`allow!`]
-/// needs each name once.
-#[allow(missing_docs, non_upper_case_globals)]
-pub mod numbers {
-    macro_rules! numbers {
-        ($($name:ident = $number:ident),* $(,)?) => { $(pub const $name: i64 = libc::$number;)* };
-    }
-    numbers! {
-        accept4 = SYS_accept4, bind = SYS_bind, brk = SYS_brk, clock_gettime = SYS_clock_gettime,
-        clock_nanosleep = SYS_clock_nanosleep, clone = SYS_clone, clone3 = SYS_clone3,
-        close = SYS_close, connect = SYS_connect, dup = SYS_dup, epoll_create1 = SYS_epoll_create1,
-        epoll_ctl = SYS_epoll_ctl, epoll_pwait = SYS_epoll_pwait, epoll_wait = SYS_epoll_wait,
-        eventfd2 = SYS_eventfd2, exit = SYS_exit, exit_group = SYS_exit_group,
-        fallocate = SYS_fallocate, fchmod = SYS_fchmod, fcntl = SYS_fcntl,
-        fdatasync = SYS_fdatasync, flock = SYS_flock, fstat = SYS_fstat, fstatfs = SYS_fstatfs,
-        fsync = SYS_fsync, ftruncate = SYS_ftruncate, futex = SYS_futex, getpgrp = SYS_getpgrp, getpid = SYS_getpid,
-        getrandom = SYS_getrandom, getsockopt = SYS_getsockopt, gettid = SYS_gettid,
-        getuid = SYS_getuid, io_uring_enter = SYS_io_uring_enter,
-        io_uring_register = SYS_io_uring_register, io_uring_setup = SYS_io_uring_setup,
-        ioctl = SYS_ioctl, listen = SYS_listen, lseek = SYS_lseek, madvise = SYS_madvise,
-        memfd_create = SYS_memfd_create, mmap = SYS_mmap, mprotect = SYS_mprotect,
-        mremap = SYS_mremap, munmap = SYS_munmap, nanosleep = SYS_nanosleep,
-        newfstatat = SYS_newfstatat, openat = SYS_openat, poll = SYS_poll, ppoll = SYS_ppoll,
-        prctl = SYS_prctl, pread64 = SYS_pread64, preadv = SYS_preadv, preadv2 = SYS_preadv2,
-        prlimit64 = SYS_prlimit64, pwrite64 = SYS_pwrite64, pwritev = SYS_pwritev,
-        pwritev2 = SYS_pwritev2, read = SYS_read, readlink = SYS_readlink, readv = SYS_readv,
-        recvfrom = SYS_recvfrom, recvmsg = SYS_recvmsg, restart_syscall = SYS_restart_syscall,
-        rseq = SYS_rseq, rt_sigaction = SYS_rt_sigaction, rt_sigprocmask = SYS_rt_sigprocmask,
-        rt_sigreturn = SYS_rt_sigreturn, rt_sigtimedwait = SYS_rt_sigtimedwait,
-        sched_getaffinity = SYS_sched_getaffinity, sched_setaffinity = SYS_sched_setaffinity,
-        sched_yield = SYS_sched_yield, seccomp = SYS_seccomp, sendmsg = SYS_sendmsg,
-        sendto = SYS_sendto, set_robust_list = SYS_set_robust_list, setsockopt = SYS_setsockopt,
-        shutdown = SYS_shutdown, sigaltstack = SYS_sigaltstack, socket = SYS_socket,
-        statx = SYS_statx, statfs = SYS_statfs, tgkill = SYS_tgkill,
-        timerfd_create = SYS_timerfd_create, timerfd_settime = SYS_timerfd_settime,
-        uname = SYS_uname, unlink = SYS_unlink, unlinkat = SYS_unlinkat, write = SYS_write,
-        writev = SYS_writev,
-    }
 }
 
 /// What every thread of ours needs: memory, locks, logging, ending, and reporting a violation.
@@ -208,7 +169,6 @@ impl Filter {
             thread: thread.to_owned(),
             source,
         };
-        settle_allocator();
         let violation = match mode {
             SeccompMode::Off => {
                 return Ok(Self {
@@ -260,23 +220,6 @@ impl Filter {
             source,
         })
     }
-}
-
-/// Has glibc's allocator read `/proc/sys/vm/overcommit_memory` now, on a thread that may.
-///
-/// It does so, once in a process, when a thread first frees enough at the end of its own arena
-/// (`check_may_shrink_heap`): rarely, at any time, in any thread, and for a sandboxed one that
-/// would be the end. The first filter is compiled before any is installed.
-fn settle_allocator() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let churn = || drop([(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)));
-        // A second thread has an arena that is not the first one's. Without one there is nothing
-        // to settle.
-        if let Ok(thread) = std::thread::Builder::new().spawn(churn) {
-            let _ = thread.join();
-        }
-    });
 }
 
 impl Argument {

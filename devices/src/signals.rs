@@ -11,6 +11,7 @@ pub struct GuestSignals {
     power_off: AtomicBool,
     ejected: AtomicU32,
     vcpu_failed: AtomicBool,
+    moved: AtomicBool,
     woken: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -26,6 +27,8 @@ pub struct Signalled {
     pub ejected: u32,
     /// A vCPU could not go on.
     pub vcpu_failed: bool,
+    /// What is published of the devices is out of date.
+    pub moved: bool,
 }
 
 impl GuestSignals {
@@ -36,6 +39,7 @@ impl GuestSignals {
             power_off: AtomicBool::new(false),
             ejected: AtomicU32::new(0),
             vcpu_failed: AtomicBool::new(false),
+            moved: AtomicBool::new(false),
             woken: AtomicBool::new(false),
             wake: Box::new(wake),
         }
@@ -67,6 +71,12 @@ impl GuestSignals {
         self.wake_once();
     }
 
+    /// A driver took or gave up a device, and may have placed its BARs elsewhere before.
+    pub fn moved(&self) {
+        self.moved.store(true, Ordering::SeqCst);
+        self.wake_once();
+    }
+
     /// Takes all flags; those set from now on wake again. Called on the VMM thread.
     pub fn take(&self) -> Signalled {
         self.woken.store(false, Ordering::SeqCst);
@@ -75,6 +85,7 @@ impl GuestSignals {
             power_off: self.power_off.swap(false, Ordering::SeqCst),
             ejected: self.ejected.swap(0, Ordering::SeqCst),
             vcpu_failed: self.vcpu_failed.swap(false, Ordering::SeqCst),
+            moved: self.moved.swap(false, Ordering::SeqCst),
         }
     }
 

@@ -44,11 +44,11 @@ pub enum Command {
     Delete { reply: Reply<()> },
     /// `vm.counters`.
     Counters { reply: Reply<VmCounters> },
-    /// `vm.add-disk` and its kin: plug a device into the running guest (answers where), or add it
-    /// to the configuration of one that is not booted (answers `None`).
+    /// `vm.add-disk` and its kin: plug a device into the running guest, or add it to the
+    /// configuration of one that is not booted (the answer then has no address).
     AddDevice {
         device: Box<DeviceConfig>,
-        reply: Reply<Option<PciDeviceInfo>>,
+        reply: Reply<PciDeviceInfo>,
     },
     /// `vm.remove-device`: ask the guest to let go of a device.
     RemoveDevice { id: String, reply: Reply<()> },

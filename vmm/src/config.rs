@@ -135,6 +135,24 @@ impl VmConfig {
         std::iter::once(rng).chain(disks).collect()
     }
 
+    /// Adds a device; says at which field it then stands.
+    pub fn add(&mut self, device: DeviceConfig) -> Result<String, Error> {
+        match device {
+            DeviceConfig::Disk(disk) => {
+                self.disks.push(disk);
+                Ok(format!("disks[{}]", self.disks.len() - 1))
+            }
+            DeviceConfig::Rng(_) => Err(Invalid::new("rng", "there is one already").into()),
+        }
+    }
+
+    /// Removes the device `id`; false where there is none.
+    pub fn remove(&mut self, id: &str) -> bool {
+        let before = self.disks.len();
+        self.disks.retain(|disk| disk.common.id.as_deref() != Some(id));
+        self.disks.len() < before
+    }
+
     fn validate_devices(&self) -> Result<(), Error> {
         let mut ids = HashMap::new();
         let mut slots = HashMap::new();

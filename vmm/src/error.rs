@@ -95,6 +95,20 @@ impl Error {
         }
     }
 
+    /// The same error as seen from the struct that lies at `outer`: the opposite of
+    /// [`Error::within`].
+    pub fn relative_to(mut self, outer: &str) -> Self {
+        let field = match &mut self {
+            Self::Invalid(invalid) => &mut invalid.field,
+            Self::DuplicateId { field, .. } | Self::DuplicatePath { field, .. } => field,
+            _ => return self,
+        };
+        if let Some(inner) = field.strip_prefix(outer).and_then(|f| f.strip_prefix('.')) {
+            *field = inner.to_owned();
+        }
+        self
+    }
+
     /// The same error as seen from an outer struct in which this one's field lies under `outer`.
     pub fn within(self, outer: &str) -> Self {
         match self {

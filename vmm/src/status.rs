@@ -63,15 +63,16 @@ pub enum Resource {
     PciBar(BarInfo),
 }
 
-/// `vm.add-*` on a booted VM: where the device was plugged.
+/// `vm.add-*`: the device's id and, once the VM is booted, where it was plugged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PciDeviceInfo {
     /// The device's id.
     #[schema(example = "_disk1")]
     pub id: String,
-    /// Its PCI address: segment, bus, device, function.
+    /// Its PCI address: segment, bus, device, function. Absent while the VM is not booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "0000:00:05.0")]
-    pub bdf: String,
+    pub bdf: Option<String>,
 }
 
 /// `vm.counters`: running totals by device id and counter name.

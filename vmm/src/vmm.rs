@@ -1,10 +1,26 @@
 //! The VMM thread: one loop over one inbox.
+//!
+//! Each command is one arm of [`Vmm::command`]; each thing the guest can do to the machine is one
+//! line of [`Vmm::guest`]. Whatever happens, the new status is published before the answer is
+//! given, so that a client that has its answer reads a `vm.info` that agrees with it.
 
-use devices::sandbox::SeccompMode;
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Instant;
 
-use crate::command::Handle;
+use devices::config::DeviceConfig;
+use devices::sandbox::{self, Filter, SeccompMode};
+
+use crate::command::{Command, Endpoint, Handle, Message, Reply, channel};
+use crate::config::VmConfig;
+use crate::created::Created;
+use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::event::Events;
+use crate::state::{State, Verb, check};
+use crate::status::PciDeviceInfo;
+use crate::syscalls;
+use crate::vm::Environment;
 
 /// How the process was told to behave.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,6 +33,335 @@ pub struct Options {
 }
 
 /// Starts the VMM thread. Called once, by the main thread, before it installs its own filter.
-pub fn start(_options: Options, _events: Events) -> Result<Handle, Error> {
-    todo!()
+pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
+    let failed = |e: &dyn std::fmt::Display| Error::host("starting the VMM thread", e);
+    let (handle, endpoint) = channel(events);
+    let filter =
+        Filter::compile("vmm", options.seccomp, &syscalls::vmm_thread()).map_err(|e| failed(&e))?;
+    let (installed, outcome) = std::sync::mpsc::channel::<Result<(), sandbox::SandboxError>>();
+    std::thread::Builder::new()
+        .name("vmm".to_owned())
+        .spawn(move || {
+            let result = filter.install();
+            let go = result.is_ok();
+            // The spawner waits for this, so it is there to hear it.
+            let _ = installed.send(result);
+            if go {
+                Vmm::new(options, endpoint).run();
+            }
+        })
+        .map_err(|e| failed(&e))?;
+    match outcome.recv() {
+        Ok(Ok(())) => Ok(handle),
+        Ok(Err(error)) => Err(failed(&error)),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+struct Vmm {
+    options: Options,
+    endpoint: Endpoint,
+    created: Option<Created>,
+}
+
+enum Flow {
+    Go,
+    End,
+}
+
+impl Vmm {
+    fn new(options: Options, endpoint: Endpoint) -> Self {
+        Self {
+            options,
+            endpoint,
+            created: None,
+        }
+    }
+
+    fn run(mut self) {
+        loop {
+            let flow = match self.next_message() {
+                Some(Message::Command(command)) => self.command(command),
+                Some(Message::Guest) => self.guest(),
+                Some(Message::Terminate) => {
+                    self.delete();
+                    Flow::End
+                }
+                None => {
+                    self.expire();
+                    Flow::Go
+                }
+            };
+            if let Flow::End = flow {
+                break;
+            }
+        }
+        self.emit("vmm", "shutdown", &[]);
+        self.endpoint.ended.send_replace(true);
+    }
+
+    /// The next message, or `None` when a deadline has passed.
+    fn next_message(&self) -> Option<Message> {
+        let deadline = self.created.as_ref().and_then(Created::next_deadline);
+        match deadline {
+            None => Some(
+                self.endpoint
+                    .inbox
+                    .recv()
+                    .unwrap_or(Message::Terminate),
+            ),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                match self.endpoint.inbox.recv_timeout(left) {
+                    Ok(message) => Some(message),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) -> Flow {
+        match command {
+            Command::Create { config, reply } => {
+                let result = self.create(*config);
+                self.answer(reply, result);
+            }
+            Command::Boot { reply } => {
+                let result = self.boot(Verb::Boot);
+                self.answer(reply, result);
+            }
+            Command::Shutdown { reply } => {
+                let result = self.shutdown();
+                self.answer(reply, result);
+            }
+            Command::Reboot { reply } => {
+                let result = self.legal(Verb::Reboot).and_then(|()| self.reboot());
+                self.answer(reply, result);
+            }
+            Command::Pause { reply } => {
+                let result = self.pause();
+                self.answer(reply, result);
+            }
+            Command::Resume { reply } => {
+                let result = self.resume();
+                self.answer(reply, result);
+            }
+            Command::PowerButton { reply } => {
+                let result = self.created(Verb::PowerButton).and_then(|c| {
+                    c.running()?.power_button();
+                    Ok(())
+                });
+                self.answer(reply, result);
+            }
+            Command::Nmi { reply } => {
+                let result = self.created(Verb::Nmi).and_then(|c| c.running()?.nmi());
+                self.answer(reply, result);
+            }
+            Command::Delete { reply } => {
+                self.delete();
+                self.answer(reply, Ok(()));
+            }
+            Command::Counters { reply } => {
+                let result = self
+                    .created(Verb::Counters)
+                    .and_then(|c| Ok(c.running()?.devices.counters()));
+                self.answer(reply, result);
+            }
+            Command::AddDevice { device, reply } => {
+                let result = self.add_device(*device);
+                self.answer(reply, result);
+            }
+            Command::RemoveDevice { id, reply } => {
+                let result = self.remove_device(&id);
+                self.answer(reply, result);
+            }
+            Command::VmmShutdown { reply } => {
+                self.delete();
+                self.answer(reply, Ok(()));
+                return Flow::End;
+            }
+        }
+        Flow::Go
+    }
+
+    /// Publishes what has become of the VM, then answers. A client that has gone away is not
+    /// missed.
+    fn answer<T>(&self, reply: Reply<T>, result: Result<T, Error>) {
+        self.publish();
+        let _ = reply.send(result);
+    }
+
+    fn publish(&self) {
+        let status = self.created.as_ref().map(|c| Arc::new(c.info()));
+        self.endpoint.status.send_replace(status);
+    }
+
+    fn emit(&self, source: &'static str, event: &'static str, properties: &[(&str, &str)]) {
+        self.endpoint.events.emit(source, event, properties);
+    }
+
+    fn state(&self) -> Option<State> {
+        self.created.as_ref().map(Created::state)
+    }
+
+    fn legal(&self, verb: Verb) -> Result<(), Error> {
+        check(verb, self.state())
+    }
+
+    /// The VM, if there is one and it is in a state for `verb`.
+    fn created(&mut self, verb: Verb) -> Result<&mut Created, Error> {
+        check(verb, self.state())?;
+        self.created.as_mut().ok_or(Error::NotCreated)
+    }
+
+    fn create(&mut self, config: VmConfig) -> Result<(), Error> {
+        self.legal(Verb::Create)?;
+        self.created = Some(Created::new(config, self.options.seccomp)?);
+        Ok(())
+    }
+
+    fn boot(&mut self, verb: Verb) -> Result<(), Error> {
+        let environment = Environment {
+            seccomp: self.options.seccomp,
+            events: self.endpoint.events.clone(),
+            inbox: self.endpoint.sender.clone(),
+        };
+        let events = self.endpoint.events.clone();
+        let created = self.created(verb)?;
+        events.emit("vm", "booting", &[]);
+        match created.boot(environment) {
+            Ok(()) => {
+                events.emit("vm", "booted", &[]);
+                Ok(())
+            }
+            Err(error) => {
+                events.emit("vm", "boot-failed", &[("reason", &error.to_string())]);
+                Err(error)
+            }
+        }
+    }
+
+    fn shutdown(&mut self) -> Result<(), Error> {
+        let removed = self.created(Verb::Shutdown)?.power_off();
+        self.tell_removed(removed);
+        self.emit("vm", "shutdown", &[]);
+        Ok(())
+    }
+
+    /// Also what a reset by the guest comes to. A pending removal completes.
+    fn reboot(&mut self) -> Result<(), Error> {
+        self.emit("vm", "rebooting", &[]);
+        let removed = self
+            .created
+            .as_mut()
+            .map(Created::power_off)
+            .unwrap_or_default();
+        self.tell_removed(removed);
+        self.boot(Verb::Boot)?;
+        self.emit("vm", "rebooted", &[]);
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        self.legal(Verb::Pause)?;
+        self.emit("vm", "pausing", &[]);
+        self.created(Verb::Pause)?.pause()?;
+        self.emit("vm", "paused", &[]);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        self.created(Verb::Resume)?.resume()?;
+        self.emit("vm", "resumed", &[]);
+        Ok(())
+    }
+
+    fn delete(&mut self) {
+        let Some(mut created) = self.created.take() else {
+            return;
+        };
+        if created.state() != State::Created {
+            created.power_off();
+            self.emit("vm", "shutdown", &[]);
+        }
+        drop(created);
+        self.publish();
+        self.emit("vm", "deleted", &[]);
+    }
+
+    fn add_device(&mut self, device: DeviceConfig) -> Result<PciDeviceInfo, Error> {
+        self.created(Verb::AddDevice)?.add_device(device)
+    }
+
+    fn remove_device(&mut self, id: &str) -> Result<(), Error> {
+        let removed = self.created(Verb::RemoveDevice)?.remove_device(id)?;
+        self.tell_removed(removed);
+        Ok(())
+    }
+
+    fn tell_removed(&self, removed: Vec<Removed>) {
+        for device in removed {
+            self.emit(
+                "vm",
+                "device-removed",
+                &[("id", &device.id), ("bdf", &device.bdf)],
+            );
+        }
+    }
+
+    /// The guest has signalled something; several things may have come together.
+    fn guest(&mut self) -> Flow {
+        let Some(signalled) = self.created.as_ref().map(Created::take_signals) else {
+            return Flow::Go;
+        };
+        if signalled.ejected != 0
+            && let Some(created) = &mut self.created
+        {
+            let removed = created.ejected(signalled.ejected);
+            self.tell_removed(removed);
+        }
+        if signalled.power_off {
+            return self.guest_power_off();
+        }
+        if signalled.reset {
+            self.emit("vm", "guest-reset", &[]);
+            if let Err(error) = self.reboot() {
+                tracing::error!(%error, "the VM could not boot again after a reset by the guest");
+            }
+        } else if signalled.vcpu_failed
+            && let Some(created) = &mut self.created
+            && let Err(error) = created.pause()
+        {
+            tracing::error!(%error, "the VM could not be paused after a vCPU failed");
+        }
+        self.publish();
+        Flow::Go
+    }
+
+    fn guest_power_off(&mut self) -> Flow {
+        if let Some(created) = &mut self.created {
+            let removed = created.power_off();
+            self.tell_removed(removed);
+            self.emit("vm", "shutdown", &[]);
+        }
+        self.publish();
+        if self.options.exit_on_power_off {
+            Flow::End
+        } else {
+            Flow::Go
+        }
+    }
+
+    fn expire(&mut self) {
+        let Some(created) = &mut self.created else {
+            return;
+        };
+        for id in created.expired(Instant::now()) {
+            self.endpoint
+                .events
+                .emit("vm", "device-removal-timed-out", &[("id", &id)]);
+        }
+        self.publish();
+    }
 }

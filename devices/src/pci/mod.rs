@@ -4,7 +4,6 @@ pub mod bus;
 pub mod config;
 pub mod hotplug;
 pub mod msix;
-pub(crate) mod throttle;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

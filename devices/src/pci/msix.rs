@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{ConfigSpace, LayoutError};
-use super::throttle::Throttle;
+use crate::throttle::Throttle;
 use crate::machine::MsiVector;
 
 /// Bytes of a table entry.

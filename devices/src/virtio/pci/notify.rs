@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::layout::{NOTIFY, NOTIFY_MULTIPLIER};
 use crate::machine::Machine;
-use crate::pci::throttle::Throttle;
+use crate::throttle::Throttle;
 
 /// The doorbells of a device.
 pub(super) struct Doorbells {

@@ -1,0 +1,246 @@
+//! A VM from `vm.create` to `vm.delete`: the desired configuration, the consoles that outlive
+//! reboots, and, while it is booted, the machine.
+//!
+//! A change is made in the live machine first and in the configuration only when that has
+//! succeeded; whatever fails leaves both as they were.
+
+use std::collections::HashMap;
+use std::os::linux::fs::MetadataExt;
+use std::time::Instant;
+
+use devices::block::DiskConfig;
+use devices::config::DeviceConfig;
+use devices::sandbox::SeccompMode;
+use devices::signals::Signalled;
+
+use crate::boot;
+use crate::config::VmConfig;
+use crate::consoles::Consoles;
+use crate::device_manager::Removed;
+use crate::error::Error;
+use crate::memory;
+use crate::state::State;
+use crate::status::{PciDeviceInfo, VmInfo};
+use crate::vm::{Environment, RNG_ID, Vm};
+
+/// A VM that exists.
+pub struct Created {
+    config: VmConfig,
+    consoles: Consoles,
+    /// Number for the next made-up id; all kinds of devices count together, as in Cloud
+    /// Hypervisor.
+    next_number: u32,
+    running: Option<Vm>,
+    paused: bool,
+}
+
+impl Created {
+    /// Checks a configuration against itself and the host, fills in ids and opens the consoles.
+    pub fn new(mut config: VmConfig, seccomp: SeccompMode) -> Result<Self, Error> {
+        config.validate()?;
+        memory::check(&config.memory).map_err(|e| e.within("memory"))?;
+        if let Some(payload) = &config.payload {
+            boot::open(payload).map_err(|e| e.within("payload"))?;
+        }
+        for (field, device) in config.devices() {
+            device
+                .check_host()
+                .map_err(|e| Error::from(e).within(&field))?;
+        }
+        check_images(&config)?;
+        let mut next_number = 0;
+        for index in 0..config.disks.len() {
+            if config.disks[index].common.id.is_none() {
+                config.disks[index].common.id = Some(free_id(&config, "_disk", &mut next_number));
+            }
+        }
+        config.cpus.max_vcpus = config.cpus.max();
+        let consoles = Consoles::open(&mut config, seccomp)?;
+        Ok(Self {
+            config,
+            consoles,
+            next_number,
+            running: None,
+            paused: false,
+        })
+    }
+
+    /// What the VM is doing.
+    pub fn state(&self) -> State {
+        match (&self.running, self.paused) {
+            (None, _) => State::Created,
+            (Some(_), false) => State::Running,
+            (Some(_), true) => State::Paused,
+        }
+    }
+
+    /// The VM as `vm.info` shows it.
+    pub fn info(&self) -> VmInfo {
+        VmInfo {
+            config: self.config.clone(),
+            state: self.state(),
+            memory_actual_size: self.config.memory.size,
+            device_tree: self.running.as_ref().map(|vm| vm.devices.tree()),
+        }
+    }
+
+    /// The machine; the caller has checked that the state is right.
+    pub fn running(&self) -> Result<&Vm, Error> {
+        self.running.as_ref().ok_or(Error::NotCreated)
+    }
+
+    /// Builds the machine and starts it. On failure nothing of it stays.
+    pub fn boot(&mut self, environment: Environment) -> Result<(), Error> {
+        let vm = Vm::build(&self.config, &self.consoles, environment)?;
+        vm.vcpus.resume()?;
+        self.running = Some(vm);
+        self.paused = false;
+        Ok(())
+    }
+
+    /// Pulls the plug; says which devices were on their way out and are gone with it.
+    pub fn power_off(&mut self) -> Vec<Removed> {
+        let Some(vm) = self.running.take() else {
+            return Vec::new();
+        };
+        self.paused = false;
+        let removed = vm.devices.removing();
+        drop(vm);
+        for device in &removed {
+            self.config.remove(&device.id);
+        }
+        removed
+    }
+
+    /// Stops vCPUs, then drains the devices. On failure all go on.
+    pub fn pause(&mut self) -> Result<(), Error> {
+        let vm = self.running()?;
+        vm.vcpus.pause()?;
+        if let Err(error) = vm.devices.pause() {
+            vm.vcpus.resume()?;
+            return Err(error);
+        }
+        self.paused = true;
+        Ok(())
+    }
+
+    /// Undoes [`Created::pause`].
+    pub fn resume(&mut self) -> Result<(), Error> {
+        let vm = self.running()?;
+        vm.devices.resume();
+        vm.vcpus.resume()?;
+        self.paused = false;
+        Ok(())
+    }
+
+    /// Adds a device to the configuration, and plugs it in where the VM is booted.
+    pub fn add_device(&mut self, mut device: DeviceConfig) -> Result<PciDeviceInfo, Error> {
+        let mut next_number = self.next_number;
+        let id = match &device.common().id {
+            Some(id) => id.clone(),
+            None => free_id(&self.config, device.id_prefix(), &mut next_number),
+        };
+        device.common_mut().id = Some(id.clone());
+        let mut config = self.config.clone();
+        let field = config.add(device.clone())?;
+        config.validate().map_err(|e| e.relative_to(&field))?;
+        device.check_host()?;
+        check_images(&config).map_err(|e| e.relative_to(&field))?;
+        let info = match &mut self.running {
+            Some(vm) => vm.devices.hot_plug(&id, &device)?,
+            None => PciDeviceInfo { id, bdf: None },
+        };
+        self.config = config;
+        self.next_number = next_number;
+        Ok(info)
+    }
+
+    /// Asks the running guest to let go of a device, or takes it out of the configuration; says
+    /// what is gone at once.
+    pub fn remove_device(&mut self, id: &str) -> Result<Vec<Removed>, Error> {
+        if id == RNG_ID || self.config.rng.common.id.as_deref() == Some(id) {
+            return Err(Error::NotRemovable {
+                id: id.to_owned(),
+                reason: "it is part of the machine",
+            });
+        }
+        match &mut self.running {
+            Some(vm) => vm.devices.request_removal(id)?,
+            None if !self.config.remove(id) => {
+                return Err(Error::UnknownDevice { id: id.to_owned() });
+            }
+            None => {}
+        }
+        Ok(Vec::new())
+    }
+
+    /// The guest has ejected the devices in these slots, one bit each.
+    pub fn ejected(&mut self, slots: u32) -> Vec<Removed> {
+        let Some(vm) = &mut self.running else {
+            return Vec::new();
+        };
+        let removed = vm.devices.ejected(slots);
+        for device in &removed {
+            self.config.remove(&device.id);
+        }
+        removed
+    }
+
+    /// What the guest has signalled since the last look.
+    pub fn take_signals(&self) -> Signalled {
+        self.running
+            .as_ref()
+            .map(|vm| vm.signals.take())
+            .unwrap_or_default()
+    }
+
+    /// When [`Created::expired`] next has something to tell.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.running.as_ref()?.devices.next_deadline()
+    }
+
+    /// Devices whose removal has just taken too long.
+    pub fn expired(&mut self, now: Instant) -> Vec<String> {
+        self.running
+            .as_mut()
+            .map(|vm| vm.devices.expired(now))
+            .unwrap_or_default()
+    }
+}
+
+/// The next id of the form `<prefix><number>` that no device has.
+fn free_id(config: &VmConfig, prefix: &str, next_number: &mut u32) -> String {
+    loop {
+        let id = format!("{prefix}{next_number}");
+        *next_number = next_number.wrapping_add(1);
+        let taken = config
+            .devices()
+            .iter()
+            .any(|(_, device)| device.common().id.as_ref() == Some(&id));
+        if !taken {
+            return id;
+        }
+    }
+}
+
+/// Refuses two disks on one image under different names (links), unless both only read.
+fn check_images(config: &VmConfig) -> Result<(), Error> {
+    let mut seen: HashMap<(u64, u64), &DiskConfig> = HashMap::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        let Ok(metadata) = std::fs::metadata(&disk.path) else {
+            continue;
+        };
+        let file = (metadata.st_dev(), metadata.st_ino());
+        if let Some(other) = seen.get(&file)
+            && !(other.readonly && disk.readonly)
+        {
+            return Err(Error::DuplicatePath {
+                field: format!("disks[{index}].path"),
+                path: disk.path.display().to_string(),
+                id: other.common.id.clone().unwrap_or_default(),
+            });
+        }
+        seen.insert(file, disk);
+    }
+    Ok(())
+}

@@ -1,0 +1,54 @@
+//! The VMM thread's seccomp filter.
+//!
+//! The VMM thread opens files and spawns all other threads, and a filter can only be narrowed by
+//! those who inherit it: so its list is its own needs, which stand beside the code that has them,
+//! and those of every thread it spawns.
+
+use devices::allow;
+use devices::config::DeviceConfig;
+use devices::legacy::console;
+use devices::sandbox::{Allow, COMMON, Test, WORKER};
+
+use crate::{boot, interrupts, memory, vcpu};
+
+/// Making a thread, and installing its filter in it.
+const SPAWN: &[Allow] = &[
+    allow!(clone3),
+    allow!(clone),
+    allow!(prctl, 0 => Test::Is(libc::PR_SET_NO_NEW_PRIVS as u32)),
+    allow!(rseq),
+    allow!(sched_getaffinity),
+    allow!(seccomp, 0 => Test::Is(libc::SECCOMP_SET_MODE_FILTER)),
+    allow!(set_robust_list),
+];
+
+/// The lists that make up the VMM thread's filter.
+pub fn vmm_thread() -> Vec<&'static [Allow]> {
+    let mut lists = vec![
+        COMMON,
+        WORKER,
+        SPAWN,
+        memory::SYSCALLS,
+        interrupts::SYSCALLS,
+        vcpu::SYSCALLS,
+        vcpu::CONTROL_SYSCALLS,
+        console::OPEN,
+    ];
+    lists.extend(boot::SYSCALLS);
+    lists.extend(console::THREAD);
+    lists.extend(DeviceConfig::syscalls());
+    lists
+}
+
+/// Every kind of thread that this crate and `devices` run, with the lists of its filter.
+pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
+    let mut kinds = vec![
+        ("vmm", vmm_thread()),
+        (
+            "vcpu",
+            vec![COMMON, vcpu::SYSCALLS, interrupts::SYSCALLS],
+        ),
+    ];
+    kinds.extend(devices::sandbox::thread_kinds());
+    kinds
+}

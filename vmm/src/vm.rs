@@ -1,0 +1,256 @@
+//! A booted machine: RAM, vCPUs, buses and everything on them. Built whole or not at all, and
+//! dropped whole: a reset of the guest is a new machine.
+
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use devices::acpi::ged::{GED_PORTS, Ged};
+use devices::acpi::sleep::{SLEEP_PORTS, SleepAndReset};
+use devices::bus::{Bus, BusDevice};
+use devices::event::{DeviceEvent, EventSink};
+use devices::guest_memory::GuestRam;
+use devices::legacy::cmos::{CMOS_PORTS, Cmos};
+use devices::legacy::debug::{DebugConsole, DebugPort};
+use devices::legacy::i8042::{I8042, I8042_PORTS};
+use devices::legacy::pm_timer::{PM_TIMER_PORTS, PmTimer};
+use devices::legacy::serial::{SERIAL_PORTS, SerialDevice};
+use devices::pci::bus::{HostBridge, PciBus};
+use devices::pci::hotplug::{HOTPLUG_PORTS, PciHotplug};
+use devices::sandbox::SeccompMode;
+use devices::signals::GuestSignals;
+
+use crate::boot::{self, Payload};
+use crate::command::Message;
+use crate::config::VmConfig;
+use crate::consoles::Consoles;
+use crate::cpuid::apic_id;
+use crate::device_manager::{DeviceManager, Sockets};
+use crate::error::Error;
+use crate::event::Events;
+use crate::interrupts::Interrupts;
+use crate::layout::{
+    ACPI_SLEEP_PORT, CMOS_PORT, ECAM, ECAM_SIZE, GED_GSI, GED_PORT, HOLE_START, HOTPLUG_PORT,
+    I8042_PORT, PCI_CONFIG_PORT, PCI_WINDOW, PCI_WINDOW_SIZE, PM_TIMER_PORT, POST_PORT, SERIAL_GSI,
+    SERIAL_PORT,
+};
+use crate::vcpu::{VcpuContext, Vcpus};
+use crate::{acpi, memory};
+
+/// Id of the entropy device that every machine has, unless the configuration names it otherwise.
+pub const RNG_ID: &str = "__rng";
+
+/// What a machine is built in.
+#[derive(Clone)]
+pub struct Environment {
+    /// Mode of all seccomp filters.
+    pub seccomp: SeccompMode,
+    /// Where events go.
+    pub events: Events,
+    /// The VMM thread's inbox.
+    pub inbox: mpsc::Sender<Message>,
+}
+
+/// A booted machine. Fields are dropped in this order: vCPUs stop first.
+pub struct Vm {
+    /// The vCPUs.
+    pub vcpus: Vcpus,
+    /// The devices in PCI slots.
+    pub devices: DeviceManager,
+    /// What the guest does to the machine.
+    pub signals: Arc<GuestSignals>,
+    ged: Arc<Ged>,
+}
+
+/// The buses while devices are being put on them.
+struct Buses {
+    pio: Arc<Bus>,
+    mmio: Arc<Bus>,
+}
+
+impl Buses {
+    fn pio(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Error> {
+        self.pio
+            .insert(base, len, device)
+            .map_err(|e| Error::host("placing a device on the I/O ports", e))
+    }
+
+    fn mmio(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Error> {
+        self.mmio
+            .insert(base, len, device)
+            .map_err(|e| Error::host("placing a device in memory", e))
+    }
+}
+
+impl Vm {
+    /// Builds the machine of `config`; its vCPUs wait to be resumed. Whatever was done when
+    /// something fails is undone by dropping it.
+    pub fn build(
+        config: &VmConfig,
+        consoles: &Consoles,
+        environment: Environment,
+    ) -> Result<Self, Error> {
+        let started = Instant::now();
+        let payload = open_payload(config)?;
+        let kvm = boot::open_kvm()?;
+        let vm = Arc::new(boot::create_vm(&kvm, &config.cpus)?);
+        let ram = memory::allocate(&config.memory).map_err(|e| e.within("memory"))?;
+        memory::attach(&vm, &ram)?;
+
+        let interrupts = Interrupts::new(vm.clone());
+        let inbox = environment.inbox.clone();
+        let signals = Arc::new(GuestSignals::new(move || {
+            // The VMM thread outlives its machines.
+            let _ = inbox.send(Message::Guest);
+        }));
+        let buses = Buses {
+            pio: Arc::default(),
+            mmio: Arc::default(),
+        };
+        let line = |gsi| {
+            interrupts
+                .line(gsi)
+                .map_err(|e| Error::host("making an interrupt line", e))
+        };
+        let ged = Arc::new(Ged::new(line(GED_GSI)?));
+        let hotplug = Arc::new(PciHotplug::new(signals.clone()));
+        buses.pio(GED_PORT, GED_PORTS, ged.clone())?;
+        buses.pio(HOTPLUG_PORT, HOTPLUG_PORTS, hotplug.clone())?;
+        legacy_devices(&buses, &ram, &signals, &environment.events, started)?;
+        if let Some(backend) = consoles.serial() {
+            let serial = SerialDevice::attach(backend, line(SERIAL_GSI)?);
+            buses.pio(SERIAL_PORT, SERIAL_PORTS, serial)?;
+        }
+        if let Some(backend) = consoles.debug() {
+            let port = config.debug_console.iobase.into();
+            buses.pio(port, 1, Arc::new(DebugConsole::new(backend)))?;
+        }
+        let mut devices = DeviceManager::new(Sockets {
+            bus: pci_bus(&buses)?,
+            machine: Arc::new(interrupts),
+            ram: ram.clone(),
+            hotplug,
+            ged: ged.clone(),
+            seccomp: environment.seccomp,
+            sink: event_sink(environment.events.clone(), signals.clone()),
+        });
+        for (field, device) in config.devices() {
+            let id = device.common().id.as_deref().unwrap_or(RNG_ID);
+            devices.plug(id, &device).map_err(|e| e.within(&field))?;
+        }
+
+        let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus)
+            .map(|vcpu| apic_id(&config.cpus, vcpu))
+            .collect();
+        let rsdp = acpi::write_tables(&ram, &apic_ids)?;
+        boot::smbios::write_tables(&ram, config.platform.as_ref())?;
+        let entry = boot::load(&payload, &ram, rsdp).map_err(|e| e.within("payload"))?;
+        let vcpus = Vcpus::spawn(VcpuContext {
+            kvm: &kvm,
+            vm: &vm,
+            cpus: &config.cpus,
+            entry,
+            ram,
+            pio: buses.pio,
+            mmio: buses.mmio,
+            signals: signals.clone(),
+            events: environment.events,
+            seccomp: environment.seccomp,
+        })?;
+        Ok(Self {
+            vcpus,
+            devices,
+            signals,
+            ged,
+        })
+    }
+
+    /// Presses the ACPI power button; what comes of it is up to the guest.
+    pub fn power_button(&self) {
+        self.ged.press_power_button();
+    }
+}
+
+fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
+    let Some(payload) = &config.payload else {
+        return Err(devices::config::Invalid::new(
+            "payload",
+            "the VM was created without one, so there is nothing to boot",
+        )
+        .into());
+    };
+    Payload::open(payload).map_err(|e| e.within("payload"))
+}
+
+fn legacy_devices(
+    buses: &Buses,
+    ram: &GuestRam,
+    signals: &Arc<GuestSignals>,
+    events: &Events,
+    started: Instant,
+) -> Result<(), Error> {
+    let total: u64 = memory::total(ram);
+    let low = total.min(HOLE_START);
+    let sleep = SleepAndReset::new(signals.clone());
+    buses.pio(ACPI_SLEEP_PORT, SLEEP_PORTS, Arc::new(sleep))?;
+    buses.pio(PM_TIMER_PORT, PM_TIMER_PORTS, Arc::new(PmTimer::default()))?;
+    buses.pio(I8042_PORT, I8042_PORTS, Arc::new(I8042::new(signals.clone())))?;
+    buses.pio(CMOS_PORT, CMOS_PORTS, Arc::new(Cmos::new(low, total - low)))?;
+    let events = events.clone();
+    let marker = DebugPort::new(
+        started,
+        Arc::new(move |code, since| {
+            let properties = [
+                ("code", format!("{code:#04x}")),
+                ("since_boot_us", since.as_micros().to_string()),
+            ];
+            let properties = properties.each_ref().map(|(k, v)| (*k, v.as_str()));
+            events.emit("guest", "boot-marker", &properties);
+        }),
+    );
+    buses.pio(POST_PORT, 1, Arc::new(marker))
+}
+
+fn pci_bus(buses: &Buses) -> Result<Arc<PciBus>, Error> {
+    let bus = Arc::new(PciBus::new());
+    bus.plug(0, Arc::new(HostBridge::new()))
+        .map_err(|e| Error::NoSlot(e.to_string()))?;
+    buses.mmio(ECAM, ECAM_SIZE, bus.ecam())?;
+    buses.mmio(PCI_WINDOW, PCI_WINDOW_SIZE, bus.memory_window(PCI_WINDOW))?;
+    buses.pio(PCI_CONFIG_PORT, 8, bus.config_ports())?;
+    Ok(bus)
+}
+
+/// Turns what devices report into events, and has the VMM thread look where that changes what is
+/// published.
+fn event_sink(events: Events, signals: Arc<GuestSignals>) -> EventSink {
+    Arc::new(move |id, event| match event {
+        DeviceEvent::Activated => {
+            events.emit("virtio-device", "activated", &[("id", id)]);
+            signals.moved();
+        }
+        DeviceEvent::Reset => events.emit("virtio-device", "reset", &[("id", id)]),
+        DeviceEvent::Failed { reason } => {
+            events.emit(
+                "virtio-device",
+                "device-failed",
+                &[("id", id), ("reason", &reason)],
+            );
+        }
+        DeviceEvent::IoError {
+            operation,
+            offset_bytes,
+            error,
+            suppressed,
+        } => events.emit(
+            "virtio-device",
+            "io-error",
+            &[
+                ("id", id),
+                ("operation", operation),
+                ("offset_bytes", &offset_bytes.to_string()),
+                ("error", &error),
+                ("suppressed", &suppressed.to_string()),
+            ],
+        ),
+    })
+}
