@@ -1,1 +1,3 @@
 //! Loading a kernel or firmware and preparing vCPUs to run it.
+
+pub mod smbios;
