@@ -23,5 +23,6 @@ pub mod rng;
 pub mod sandbox;
 pub mod signals;
 pub mod throttle;
+pub mod timer;
 pub mod virtio;
 pub mod worker;

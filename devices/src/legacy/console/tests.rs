@@ -480,6 +480,7 @@ fn backends_open_and_close_without_leaving_descriptors_or_threads() {
 #[test]
 fn a_sandboxed_thread_with_the_open_list_can_open_and_close_every_mode() {
     let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("path");
     let spawning: &[Allow] = &[
         allow!(clone3),
         allow!(clone),
@@ -497,7 +498,6 @@ fn a_sandboxed_thread_with_the_open_list_can_open_and_close_every_mode() {
         filter.install().unwrap();
         for mode in [ConsoleMode::File, ConsoleMode::Socket, ConsoleMode::Pty] {
             for _ in 0..2 {
-                let path = dir.path().join("path");
                 let backend = open(mode, Some(&path));
                 let device = boot(&backend);
                 print(&*device, b"x");
@@ -508,7 +508,6 @@ fn a_sandboxed_thread_with_the_open_list_can_open_and_close_every_mode() {
             }
         }
         // A stale socket, and a file made and never used.
-        let path = dir.path().join("path");
         drop(open(ConsoleMode::File, Some(&path)));
         assert!(!path.exists());
         let stale = host::socket(&path).unwrap();
@@ -519,7 +518,6 @@ fn a_sandboxed_thread_with_the_open_list_can_open_and_close_every_mode() {
             let backend = on_terminal(host::terminal(Some(input), output).unwrap());
             print(&*boot(&backend), b"x");
         }
-        std::mem::forget(dir);
     })
     .join()
     .unwrap();

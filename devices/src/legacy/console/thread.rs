@@ -244,6 +244,8 @@ impl Console {
                 may_write = false;
             }
             match write(&mut writer.end, rest) {
+                // A device that takes nothing would have us try for ever.
+                Ok(0) => self.write_failed(Errno::IO),
                 Ok(count) => {
                     self.written += count;
                     self.shared.set_written();
