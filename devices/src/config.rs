@@ -12,7 +12,8 @@ use utoipa::ToSchema;
 use crate::block::{Block, DiskConfig};
 use crate::event::Reporter;
 use crate::rng::{Rng, RngConfig};
-use crate::sandbox::{Allow, SeccompMode};
+use crate::allow;
+use crate::sandbox::{Allow, SeccompMode, Test};
 use crate::virtio::VirtioDevice;
 
 /// What every PCI device's configuration begins with (flattened into it).
@@ -90,6 +91,40 @@ pub struct BuildContext {
     pub seccomp: SeccompMode,
 }
 
+// _IO(0x12, 123) and _IO(0x12, 104), include/uapi/linux/fs.h.
+const BLKPBSZGET: u32 = 0x127b;
+const BLKSSZGET: u32 = 0x1268;
+
+/// What [`DeviceConfig::check_host`] and [`DeviceConfig::build`] call beyond
+/// [`crate::sandbox::COMMON`] and spawning.
+pub const BUILD: &[Allow] = &[
+    allow!(epoll_create1),
+    allow!(eventfd2),
+    allow!(fcntl, 1 => Test::Is(libc::F_GETFL as u32)),
+    allow!(fcntl, 1 => Test::Is(libc::F_OFD_GETLK as u32)),
+    allow!(fcntl, 1 => Test::Is(libc::F_OFD_SETLK as u32)),
+    allow!(fcntl, 1 => Test::Is(libc::F_SETFL as u32)),
+    allow!(fstat),
+    allow!(io_uring_register),
+    allow!(io_uring_setup),
+    allow!(ioctl, 1 => Test::Is(BLKPBSZGET)),
+    allow!(ioctl, 1 => Test::Is(BLKSSZGET)),
+    allow!(lseek),
+    allow!(newfstatat),
+    allow!(openat, 2 => Test::Without((libc::O_CREAT | libc::O_TRUNC) as u64)),
+    allow!(statx),
+    allow!(timerfd_create),
+];
+
+/// Every kind of device thread, with the lists of its filter.
+pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
+    let kinds = crate::block::thread_kinds().into_iter();
+    kinds
+        .chain(crate::rng::thread_kinds())
+        .chain(crate::legacy::console::thread_kinds())
+        .collect()
+}
+
 /// Why a device could not be made.
 #[derive(Debug, Error)]
 pub enum BuildError {
@@ -156,11 +191,6 @@ impl DeviceConfig {
             Self::Disk(_) => "_disk",
             Self::Rng(_) => "_rng",
         }
-    }
-
-    /// The calls its threads make, for the filter of the thread that spawns them.
-    pub fn syscalls() -> [&'static [Allow]; 2] {
-        [crate::block::SYSCALLS, crate::rng::SYSCALLS]
     }
 
     /// Checks what it needs of the host, and changes nothing there: files that exist, are of the

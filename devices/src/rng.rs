@@ -75,6 +75,18 @@ impl RngConfig {
     }
 }
 
+impl RngConfig {
+    /// Checks that the source can be opened, and closes it again.
+    pub fn check_host(&self) -> Result<(), BuildError> {
+        Entropy::open(self).map(drop)
+    }
+}
+
+/// The kind of thread there is, with the lists of its filter.
+pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
+    vec![("rng", vec![COMMON, WORKER, timer::SYSCALLS, SYSCALLS])]
+}
+
 /// A virtio entropy device.
 pub struct Rng {
     workers: [Worker; 1],

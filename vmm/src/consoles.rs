@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use devices::config::{BuildContext, BuildError};
 use devices::event::Reporter;
-use devices::legacy::console::ConsoleBackend;
-use devices::legacy::ConsoleMode;
+use devices::legacy::{ConsoleBackend, ConsoleMode};
 use devices::sandbox::SeccompMode;
 
 use crate::config::VmConfig;

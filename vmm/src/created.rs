@@ -13,7 +13,7 @@ use devices::config::DeviceConfig;
 use devices::sandbox::SeccompMode;
 use devices::signals::Signalled;
 
-use crate::boot;
+use crate::boot::{Payload, smbios};
 use crate::config::VmConfig;
 use crate::consoles::Consoles;
 use crate::device_manager::Removed;
@@ -40,7 +40,11 @@ impl Created {
         config.validate()?;
         memory::check(&config.memory).map_err(|e| e.within("memory"))?;
         if let Some(payload) = &config.payload {
-            boot::open(payload).map_err(|e| e.within("payload"))?;
+            let opened = Payload::open(payload).and_then(|p| p.fits(config.memory.size));
+            opened.map_err(|e| e.within("payload"))?;
+        }
+        if let Some(platform) = &config.platform {
+            smbios::check(platform).map_err(|e| e.within("platform"))?;
         }
         for (field, device) in config.devices() {
             device
@@ -92,7 +96,7 @@ impl Created {
     /// Builds the machine and starts it. On failure nothing of it stays.
     pub fn boot(&mut self, environment: Environment) -> Result<(), Error> {
         let vm = Vm::build(&self.config, &self.consoles, environment)?;
-        vm.vcpus.resume()?;
+        vm.vcpus.resume();
         self.running = Some(vm);
         self.paused = false;
         Ok(())
@@ -117,7 +121,7 @@ impl Created {
         let vm = self.running()?;
         vm.vcpus.pause()?;
         if let Err(error) = vm.devices.pause() {
-            vm.vcpus.resume()?;
+            vm.vcpus.resume();
             return Err(error);
         }
         self.paused = true;
@@ -128,7 +132,7 @@ impl Created {
     pub fn resume(&mut self) -> Result<(), Error> {
         let vm = self.running()?;
         vm.devices.resume();
-        vm.vcpus.resume()?;
+        vm.vcpus.resume();
         self.paused = false;
         Ok(())
     }
@@ -144,11 +148,13 @@ impl Created {
         let mut config = self.config.clone();
         let field = config.add(device.clone())?;
         config.validate().map_err(|e| e.relative_to(&field))?;
-        device.check_host()?;
         check_images(&config).map_err(|e| e.relative_to(&field))?;
         let info = match &mut self.running {
             Some(vm) => vm.devices.hot_plug(&id, &device)?,
-            None => PciDeviceInfo { id, bdf: None },
+            None => {
+                device.check_host()?;
+                PciDeviceInfo { id, bdf: None }
+            }
         };
         self.config = config;
         self.next_number = next_number;

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::acpi::ged::Ged;
+use devices::acpi::Ged;
 use devices::config::{BuildContext, DeviceConfig, Invalid};
 use devices::event::{EventSink, Reporter};
 use devices::guest_memory::GuestRam;
@@ -335,7 +335,8 @@ fn workers(plugged: &Plugged) -> &[Worker] {
 /// Drops a device that is no longer on the bus, on this thread: a vCPU that is just reading one
 /// of its registers holds it a moment longer, and must not be the one to join its workers.
 fn retire(transport: Arc<VirtioPciDevice>) {
-    transport.shut_down();
+    transport.reset();
+    transport.retire();
     let device: Arc<dyn VirtioDevice> = transport.device().clone();
     drop(transport);
     let deadline = Instant::now() + Duration::from_secs(1);

@@ -5,7 +5,7 @@
 //! and those of every thread it spawns.
 
 use devices::allow;
-use devices::config::DeviceConfig;
+use devices::config;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
 
@@ -35,8 +35,8 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
         console::OPEN,
     ];
     lists.extend(boot::SYSCALLS);
-    lists.extend(console::THREAD);
-    lists.extend(DeviceConfig::syscalls());
+    lists.push(config::BUILD);
+    lists.extend(config::thread_kinds().into_iter().flat_map(|kind| kind.1));
     lists
 }
 
@@ -49,6 +49,6 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
             vec![COMMON, vcpu::SYSCALLS, interrupts::SYSCALLS],
         ),
     ];
-    kinds.extend(devices::sandbox::thread_kinds());
+    kinds.extend(config::thread_kinds());
     kinds
 }

@@ -4,20 +4,19 @@
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
-use devices::acpi::ged::{GED_PORTS, Ged};
-use devices::acpi::sleep::{SLEEP_PORTS, SleepAndReset};
+use devices::acpi::{GED_PORTS, Ged, SLEEP_PORTS, SleepAndReset};
 use devices::bus::{Bus, BusDevice};
 use devices::event::{DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
-use devices::legacy::cmos::{CMOS_PORTS, Cmos};
-use devices::legacy::debug::{DebugConsole, DebugPort};
-use devices::legacy::i8042::{I8042, I8042_PORTS};
-use devices::legacy::pm_timer::{PM_TIMER_PORTS, PmTimer};
-use devices::legacy::serial::{SERIAL_PORTS, SerialDevice};
-use devices::pci::bus::{HostBridge, PciBus};
+use devices::legacy::{
+    ConsoleMode,    CMOS_PORTS, Cmos, DebugConsole, DebugPort, I8042, I8042_PORTS, PM_TIMER_PORTS, PmTimer,
+    SERIAL_PORTS, SerialDevice,
+};
+use devices::pci::bus::{PORTS, PciBus};
 use devices::pci::hotplug::{HOTPLUG_PORTS, PciHotplug};
 use devices::sandbox::SeccompMode;
 use devices::signals::GuestSignals;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::{self, Payload};
 use crate::command::Message;
@@ -138,11 +137,7 @@ impl Vm {
             devices.plug(id, &device).map_err(|e| e.within(&field))?;
         }
 
-        let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus)
-            .map(|vcpu| apic_id(&config.cpus, vcpu))
-            .collect();
-        let rsdp = acpi::write_tables(&ram, &apic_ids)?;
-        boot::smbios::write_tables(&ram, config.platform.as_ref())?;
+        let rsdp = write_tables(config, &ram)?;
         let entry = boot::load(&payload, &ram, rsdp).map_err(|e| e.within("payload"))?;
         let vcpus = Vcpus::spawn(VcpuContext {
             kvm: &kvm,
@@ -170,6 +165,20 @@ impl Vm {
     }
 }
 
+/// The tables that describe the machine to the guest; says where the ACPI ones begin.
+fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error> {
+    let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus)
+        .map(|vcpu| apic_id(&config.cpus, vcpu))
+        .collect();
+    let platform = config.platform.clone().unwrap_or_default();
+    boot::smbios::write_tables(ram, &platform)?;
+    let machine = acpi::Machine {
+        apic_ids: &apic_ids,
+        serial: config.serial.mode != ConsoleMode::Off,
+    };
+    acpi::write_tables(ram, &machine)
+}
+
 fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
     let Some(payload) = &config.payload else {
         return Err(devices::config::Invalid::new(
@@ -188,7 +197,7 @@ fn legacy_devices(
     events: &Events,
     started: Instant,
 ) -> Result<(), Error> {
-    let total: u64 = memory::total(ram);
+    let total: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
     let low = total.min(HOLE_START);
     let sleep = SleepAndReset::new(signals.clone());
     buses.pio(ACPI_SLEEP_PORT, SLEEP_PORTS, Arc::new(sleep))?;
@@ -211,12 +220,10 @@ fn legacy_devices(
 }
 
 fn pci_bus(buses: &Buses) -> Result<Arc<PciBus>, Error> {
-    let bus = Arc::new(PciBus::new());
-    bus.plug(0, Arc::new(HostBridge::new()))
-        .map_err(|e| Error::NoSlot(e.to_string()))?;
+    let bus = PciBus::new();
     buses.mmio(ECAM, ECAM_SIZE, bus.ecam())?;
     buses.mmio(PCI_WINDOW, PCI_WINDOW_SIZE, bus.memory_window(PCI_WINDOW))?;
-    buses.pio(PCI_CONFIG_PORT, 8, bus.config_ports())?;
+    buses.pio(PCI_CONFIG_PORT, PORTS, bus.ports())?;
     Ok(bus)
 }
 

@@ -155,7 +155,7 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Nmi { reply } => {
-                let result = self.created(Verb::Nmi).and_then(|c| c.running()?.nmi());
+                let result = self.created(Verb::Nmi).and_then(|c| c.running()?.vcpus.nmi());
                 self.answer(reply, result);
             }
             Command::Delete { reply } => {

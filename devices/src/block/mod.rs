@@ -25,7 +25,7 @@ use self::worker::{Common, QueueHandler};
 use crate::config::{BuildContext, BuildError};
 use crate::disk::{self, Format, Image, OpenOptions};
 use crate::rate_limiter::RateLimiter;
-use crate::sandbox::{COMMON, Filter, WORKER};
+use crate::sandbox::{Allow, COMMON, Filter, WORKER};
 use crate::timer;
 use crate::virtio::{VirtioDevice, config_space};
 use crate::worker::Worker;
@@ -50,18 +50,7 @@ pub struct Block {
 impl Block {
     /// Opens the image and starts a thread per queue. Called on the VMM thread.
     pub fn new(config: &DiskConfig, context: BuildContext) -> Result<Self, BuildError> {
-        let image = disk::open(
-            match config.image_type {
-                ImageType::Raw | ImageType::Unknown => Format::Raw,
-            },
-            &OpenOptions {
-                path: config.path.clone(),
-                readonly: config.readonly,
-                direct: config.direct,
-                disable_io_uring: config.disable_io_uring,
-                lock: config.lock_granularity,
-            },
-        )?;
+        let image = open(config)?;
         let shared = Arc::new(Shared::new(&Offer {
             size_bytes: image.size_bytes(),
             geometry: image.geometry(),
@@ -104,6 +93,36 @@ impl Block {
             _image: image,
         })
     }
+}
+
+/// Opens and locks the image of a disk.
+fn open(config: &DiskConfig) -> Result<Box<dyn Image>, BuildError> {
+    let format = match config.image_type {
+        ImageType::Raw | ImageType::Unknown => Format::Raw,
+    };
+    let options = OpenOptions {
+        path: config.path.clone(),
+        readonly: config.readonly,
+        direct: config.direct,
+        disable_io_uring: config.disable_io_uring,
+        lock: config.lock_granularity,
+    };
+    disk::open(format, &options)
+}
+
+impl DiskConfig {
+    /// Checks that the image can be opened and that nobody else has it, and closes it again.
+    pub fn check_host(&self) -> Result<(), BuildError> {
+        open(self).map(drop)
+    }
+}
+
+/// The kinds of thread there are, with the lists of their filters: a queue of each engine.
+pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
+    disk::QUEUES
+        .iter()
+        .map(|(kind, list)| (*kind, vec![COMMON, WORKER, *list, timer::SYSCALLS]))
+        .collect()
 }
 
 /// Starts the thread of one queue.

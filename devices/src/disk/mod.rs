@@ -169,6 +169,12 @@ pub enum Format {
     Raw,
 }
 
+/// The kinds of queue there are, and what each calls.
+pub const QUEUES: &[(&str, &[Allow])] = &[
+    ("raw-io-uring", raw::URING_SYSCALLS),
+    ("raw-sync", raw::SYNC_SYSCALLS),
+];
+
 /// Opens and locks an image. Called on the VMM thread.
 ///
 /// Errors name the field of the disk's configuration that is to blame.

@@ -15,6 +15,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+pub use self::sync::SYSCALLS as SYNC_SYSCALLS;
+pub use self::uring::SYSCALLS as URING_SYSCALLS;
 use super::lock::ImageLock;
 use super::{Geometry, Image, OpenOptions, Queue, open};
 use crate::config::BuildError;

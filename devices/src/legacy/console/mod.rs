@@ -89,6 +89,18 @@ pub const OPEN: &[Allow] = &[
     allow!(unlinkat),
 ];
 
+/// The kinds of thread there are, one per mode that has any, with the lists of their filters.
+pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
+    [
+        ("console-file", FILE),
+        ("console-tty", TTY),
+        ("console-pty", &[][..]),
+        ("console-socket", SOCKET),
+    ]
+    .map(|(kind, list)| (kind, vec![sandbox::COMMON, sandbox::WORKER, ANY_MODE, list]))
+    .into()
+}
+
 /// The host's side of a character device; dropped when the VM is deleted.
 ///
 /// Dropping it writes out what can be written without waiting, gives the terminal its mode back
