@@ -14,7 +14,11 @@ use vm_memory::GuestAddress;
 
 /// Where PVH's start info and bzImage's zero page lie.
 pub const BOOT_INFO: GuestAddress = GuestAddress(0x7000);
-/// Page tables for the 64-bit entry.
+/// PVH's list of modules: the initramfs.
+pub const PVH_MODULES: GuestAddress = GuestAddress(0x7100);
+/// PVH's memory map.
+pub const PVH_MEMORY_MAP: GuestAddress = GuestAddress(0x7200);
+/// Page tables for the 64-bit entry: six pages.
 pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
 /// GDT of the boot vCPU.
 pub const BOOT_GDT: GuestAddress = GuestAddress(0x500);
