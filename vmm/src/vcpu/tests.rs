@@ -547,6 +547,9 @@ fn a_machine_is_made_run_and_taken_down_inside_the_filter_of_the_thread_that_doe
         let interrupts = Interrupts::new(guest.vm.clone());
         let vectors = interrupts.allocate_msi(2).unwrap();
         vectors[0].route(0xfee0_0000, 0x41).unwrap();
+        let bell = EventFd::new(EFD_NONBLOCK).unwrap();
+        interrupts.bind_doorbell(MMIO + 8, &bell).unwrap();
+        interrupts.unbind_doorbell(MMIO + 8, &bell).unwrap();
         guest.vcpus.resume();
         guest.wait_for(&[1]);
         guest.vcpus.pause().unwrap();
