@@ -7,6 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -40,6 +41,11 @@ impl EventMonitor {
             file,
             events: events.subscribe(),
         })
+    }
+
+    /// Another descriptor for the same target, for what must be written when the process dies.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.file.try_clone().map(OwnedFd::from)
     }
 
     /// Prepares writing; called inside the runtime, before the main thread's filter is installed.

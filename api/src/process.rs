@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use devices::sandbox::violation::report_violations;
 use devices::sandbox::{COMMON, Filter, SandboxError, SeccompMode};
 use thiserror::Error;
 use vmm::Handle;
@@ -141,6 +142,10 @@ impl Prepared {
             .map_err(StartError::host("blocking signals"))?;
         let filter = Filter::compile("main", self.seccomp, &[COMMON, sandbox::MAIN])?;
         self.events.emit("vmm", "starting", &[]);
+        let last_words = self.monitor.as_ref().map(EventMonitor::duplicate);
+        let last_words = last_words.transpose().map_err(StartError::EventMonitor)?;
+        report_violations(self.events.start(), last_words)
+            .map_err(StartError::host("handling SIGSYS"))?;
         let options = vmm::vmm::Options {
             seccomp: self.seccomp,
             exit_on_power_off: self.exit_on_power_off,

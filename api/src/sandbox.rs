@@ -5,7 +5,7 @@
 //! it removes its socket. It opens nothing, connects to nothing and spawns nothing.
 
 use devices::allow;
-use devices::sandbox::{Allow, Test};
+use devices::sandbox::{Allow, COMMON, Test};
 
 /// The main thread, beside [`devices::sandbox::COMMON`].
 pub const MAIN: &[Allow] = {
@@ -16,8 +16,6 @@ pub const MAIN: &[Allow] = {
         allow!(epoll_ctl, 1 => Test::Is(EPOLL_CTL_DEL as u32)),
         allow!(epoll_ctl, 1 => Test::Is(EPOLL_CTL_MOD as u32)),
         allow!(epoll_wait),
-        // Seeds of hash maps.
-        allow!(getrandom),
         // Wakes from other threads.
         allow!(read),
         // Requests, with the descriptors that come with them.
@@ -26,6 +24,7 @@ pub const MAIN: &[Allow] = {
         allow!(sendto, 4 => Test::IsQword(0)),
         allow!(shutdown),
         // The API socket and its lock, at the end.
+        allow!(newfstatat),
         allow!(unlink),
         allow!(unlinkat),
     ]
@@ -33,3 +32,11 @@ pub const MAIN: &[Allow] = {
 
 /// The thread that waits for SIGTERM and SIGINT, beside [`devices::sandbox::COMMON`].
 pub const SIGNALS: &[Allow] = &[allow!(rt_sigtimedwait)];
+
+/// The kinds of thread that this crate runs, with the lists of their filters.
+pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
+    vec![
+        ("main", vec![COMMON, MAIN]),
+        ("signal-handler", vec![COMMON, SIGNALS]),
+    ]
+}

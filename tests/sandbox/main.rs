@@ -13,7 +13,7 @@ use devices::sandbox::{Allow, Filter, SeccompMode, Sysno, Test};
 type Kind = (&'static str, Vec<&'static [Allow]>);
 
 fn kinds() -> Vec<Kind> {
-    let mut kinds = ballast_api::thread_kinds();
+    let mut kinds = ballast_api::sandbox::thread_kinds();
     kinds.extend(vmm::syscalls::thread_kinds());
     kinds
 }
@@ -268,7 +268,7 @@ fn every_kind_of_thread_is_there_once() {
     let kinds = kinds();
     let names: BTreeSet<&str> = kinds.iter().map(|kind| kind.0).collect();
     assert_eq!(names.len(), kinds.len());
-    for name in ["main", "signal-handler", "vmm", "vcpu", "block", "rng"] {
+    for name in ["main", "signal-handler", "vmm", "vcpu", "raw-io-uring", "rng"] {
         assert!(names.contains(name), "{name} is missing from {names:?}");
     }
 }

@@ -60,6 +60,11 @@ impl Events {
         }
     }
 
+    /// When time began.
+    pub fn start(&self) -> Instant {
+        self.start
+    }
+
     /// Listens to all that is emitted from now on.
     pub fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.sender.subscribe()

@@ -63,7 +63,10 @@ pub enum Resource {
     PciBar(BarInfo),
 }
 
-/// `vm.add-*`: the device's id and, once the VM is booted, where it was plugged.
+/// A device that was added: its id and, once the VM is booted, where it was plugged.
+///
+/// There is one shape for a VM that runs and one that does not, so that a generated client has one
+/// type to return (Cloud Hypervisor answers 200 with a body or 204 without).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PciDeviceInfo {
     /// The device's id.
@@ -71,7 +74,7 @@ pub struct PciDeviceInfo {
     pub id: String,
     /// Its PCI address: segment, bus, device, function. Absent while the VM is not booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(example = "0000:00:05.0")]
+    #[schema(nullable = false, example = "0000:00:05.0")]
     pub bdf: Option<String>,
 }
 

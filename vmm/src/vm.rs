@@ -167,9 +167,11 @@ impl Vm {
 
 /// The tables that describe the machine to the guest; says where the ACPI ones begin.
 fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error> {
-    let apic_ids: Vec<u32> = (0..config.cpus.boot_vcpus)
-        .map(|vcpu| apic_id(&config.cpus, vcpu))
-        .collect();
+    // 64 vCPUs never get beyond the ids that need an x2APIC, however they are arranged.
+    let apic_ids = (0..config.cpus.boot_vcpus)
+        .map(|vcpu| u8::try_from(apic_id(&config.cpus, vcpu)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| Error::host("describing the vCPUs to the guest", e))?;
     let platform = config.platform.clone().unwrap_or_default();
     boot::smbios::write_tables(ram, &platform)?;
     let machine = acpi::Machine {

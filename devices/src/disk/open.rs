@@ -83,7 +83,7 @@ fn open_fd(path: &Path, options: &OpenOptions) -> Result<OwnedFd, BuildError> {
         OFlags::RDWR
     };
     let common = access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let open = |flags| rustix::fs::open(path, flags, Mode::empty());
+    let open = |flags| rustix::fs::openat(rustix::fs::CWD, path, flags, Mode::empty());
     if !options.direct {
         return open(common).map_err(|e| refused(path, e));
     }

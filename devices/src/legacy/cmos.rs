@@ -5,8 +5,8 @@
 //! are memory; some hold the size of RAM, where firmware looks for it.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::bus::BusDevice;
 
@@ -75,8 +75,7 @@ impl State {
             .unwrap_or(0xff);
         match self.index {
             STATUS_A => {
-                let now = clock_gettime(ClockId::Realtime);
-                if now.tv_nsec >= i64::from(1_000_000_000 - UPDATE_NANOS) {
+                if host_time().subsec_nanos() >= 1_000_000_000 - UPDATE_NANOS {
                     STATUS_A_DIVIDER | STATUS_A_UPDATE_IN_PROGRESS
                 } else {
                     STATUS_A_DIVIDER
@@ -86,9 +85,7 @@ impl State {
             STATUS_B => (stored | STATUS_B_24_HOURS) & !STATUS_B_BINARY,
             STATUS_C => 0,
             STATUS_D => STATUS_D_VALID,
-            index => {
-                time_register(clock_gettime(ClockId::Realtime).tv_sec, index).map_or(stored, bcd)
-            }
+            index => time_register(host_seconds(), index).map_or(stored, bcd),
         }
     }
 
@@ -99,6 +96,17 @@ impl State {
             *register = value;
         }
     }
+}
+
+/// The host's clock, UTC. Before 1970 it stands still.
+fn host_time() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+fn host_seconds() -> i64 {
+    i64::try_from(host_time().as_secs()).unwrap_or_default()
 }
 
 fn bcd(value: u8) -> u8 {
@@ -203,7 +211,7 @@ mod tests {
             assert!(value & 0xf < 10 && value >> 4 < 10, "{value:#x}");
             i64::from(value >> 4) * 10 + i64::from(value & 0xf)
         };
-        let before = clock_gettime(ClockId::Realtime).tv_sec;
+        let before = host_seconds();
         let [second, minute, hour, day, month, year, century] =
             [0, 2, 4, 7, 8, 9, CENTURY].map(|index| unbcd(register(&cmos, index)));
         let (y, m, d) = date(before.div_euclid(86_400));

@@ -65,14 +65,20 @@ impl Line {
     }
 }
 
-extern "C" fn handle(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
+extern "C" fn handle(_signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let mut name = [0u8; 17];
     // SAFETY: the kernel passes a valid siginfo to a SA_SIGINFO handler; for SIGSYS the system
     // call's number is the int at offset 24 (`_sigsys._syscall` in include/uapi/asm-generic/
-    // siginfo.h on 64-bit). PR_GET_NAME writes at most 16 bytes.
-    let number = unsafe {
+    // siginfo.h on 64-bit), and the context is the ucontext of the interrupted call. PR_GET_NAME
+    // writes at most 16 bytes.
+    let (number, first, second) = unsafe {
         libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
-        *info.cast::<c_int>().add(6)
+        let registers = &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+        (
+            *info.cast::<c_int>().add(6),
+            registers[libc::REG_RDI as usize],
+            registers[libc::REG_RSI as usize],
+        )
     };
     let thread = name.split(|byte| *byte == 0).next().unwrap_or_default();
     let thread = std::str::from_utf8(thread).unwrap_or("?");
@@ -83,7 +89,10 @@ extern "C" fn handle(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void
 
     let stderr = rustix::stdio::stderr();
     Line::write_to(
-        format_args!("ballast: seccomp violation: thread={thread} syscall={call} number={number}\n"),
+        format_args!(
+            "ballast: seccomp violation: thread={thread} syscall={call} number={number} \
+             arguments={first:#x},{second:#x}\n"
+        ),
         stderr,
     );
     if let Some(report) = REPORT.get()

@@ -45,7 +45,7 @@ mod boot_flags {
 #[derive(Clone, Copy, Debug)]
 pub struct Machine<'a> {
     /// The local APIC id of each vCPU, by vCPU index.
-    pub apic_ids: &'a [u32],
+    pub apic_ids: &'a [u8],
     /// Whether COM1 is there.
     pub serial: bool,
 }
