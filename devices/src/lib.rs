@@ -22,5 +22,6 @@ pub mod rate_limiter;
 pub mod rng;
 pub mod sandbox;
 pub mod signals;
+pub mod timer;
 pub mod virtio;
 pub mod worker;

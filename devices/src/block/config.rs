@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::config::{Invalid, PciCommon};
+pub use crate::disk::LockGranularity;
 use crate::rate_limiter::RateLimiterConfig;
 
 /// A virtio block device and the image behind it.
@@ -65,16 +66,6 @@ pub enum ImageType {
     Raw,
     /// Accepted for Cloud Hypervisor's clients; means `Raw`.
     Unknown,
-}
-
-/// How much of the image file the lock covers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub enum LockGranularity {
-    /// The bytes that QEMU locks too, so that qemu-img and ballast respect one another.
-    #[default]
-    ByteRange,
-    /// The whole file.
-    Full,
 }
 
 fn one() -> u16 {

@@ -1,1 +1,179 @@
 //! Disk image engines: they know nothing of virtio.
+//!
+//! ```text
+//!   block device ── push(Request) ─► Queue ── start() ─► host kernel
+//!        ▲                             │
+//!        └──── Completion ◄── poll() ──┘   `descriptor()` becomes readable when there are some
+//! ```
+//!
+//! An [`Image`] is opened once, on the VMM thread, where it takes its lock and opens all it will
+//! ever need; it then hands out one [`Queue`] per device thread. A queue owns a request, with the
+//! guest memory it points to, from [`Queue::push`] until its [`Completion`] is given back, so
+//! nothing is freed or unmapped while the kernel may still write to it, and a caller that reuses
+//! the returned [`Buffers`] allocates nothing per request.
+//!
+//! An engine does a request as a whole: it continues short transfers, moves misaligned buffers
+//! through a bounce buffer, and falls back where the file system lacks an operation. It may hold a
+//! request as long as it likes (for space to allocate, say): completions come in any order.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use crate::config::BuildError;
+use crate::sandbox::Allow;
+
+pub mod buffers;
+pub mod lock;
+mod open;
+pub mod raw;
+
+pub use buffers::Buffers;
+pub use lock::LockGranularity;
+
+/// Bytes in a sector, the unit in which guests count.
+pub const SECTOR: u64 = 512;
+
+/// A disk image that is open and locked. Dropped on the VMM thread, after all of its queues.
+pub trait Image: Send + Sync {
+    /// Size of the disk the guest sees, in bytes; a multiple of [`SECTOR`].
+    fn size_bytes(&self) -> u64;
+    /// In what units the image is best used.
+    fn geometry(&self) -> Geometry;
+    /// What tells this image from others: at most 20 ASCII bytes, the same for every opening of
+    /// the same file.
+    fn serial(&self) -> String;
+    /// A queue that holds up to `depth` requests at a time, for a thread yet to be spawned.
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+}
+
+/// Units of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Requests must be multiples of this many bytes; a power of two, at least [`SECTOR`].
+    pub logical_block: u32,
+    /// Writes smaller than this cost the host a read as well; a power of two.
+    pub physical_block: u32,
+    /// Discards free whole multiples of this many bytes; a power of two.
+    pub discard_granularity: u32,
+}
+
+/// What to do with a range of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Read it into the buffers.
+    Read,
+    /// Write it from the buffers.
+    Write {
+        /// Complete only when the data would survive a power cut.
+        durable: bool,
+    },
+    /// Make all that has been completed survive a power cut; has no range.
+    Flush,
+    /// Give its space back to the host; what it then reads is not promised. A hint: no error where
+    /// the host can't.
+    Discard,
+    /// Make it read as zeroes.
+    WriteZeroes {
+        /// Its space may be given back to the host.
+        unmap: bool,
+        /// As with [`Operation::Write`].
+        durable: bool,
+    },
+}
+
+impl Operation {
+    /// Its name in events and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write { .. } => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes { .. } => "write-zeroes",
+        }
+    }
+}
+
+/// One request.
+pub struct Request {
+    /// Comes back with the completion.
+    pub tag: u16,
+    /// What to do.
+    pub operation: Operation,
+    /// Where the range begins, in bytes. The caller has checked that it lies within the image.
+    pub offset: u64,
+    /// How many bytes; with [`Operation::Read`] and [`Operation::Write`] as many as the buffers
+    /// hold.
+    pub length: u64,
+    /// The guest's memory to read into or write from.
+    pub buffers: Buffers,
+}
+
+/// A request that is done.
+pub struct Completion {
+    /// The request's.
+    pub tag: u16,
+    /// Whether all of it was done. A read past the end of the host's file fails with
+    /// `UnexpectedEof`: the file was cut short behind our back.
+    pub result: io::Result<()>,
+    /// The request's, for reuse; what they point to is not defined any more.
+    pub buffers: Buffers,
+}
+
+/// The requests of one device thread. Used on that thread only, within its filter.
+///
+/// An error of any method but [`Queue::push`] means that the queue is broken for good; requests
+/// that the kernel may still be working on then stay with the queue for ever.
+pub trait Queue: Send {
+    /// Takes a request. It may begin at once, or when [`Queue::start`] is called. Never more than
+    /// the queue's depth may be held; one too many is completed with `EBUSY`.
+    fn push(&mut self, request: Request);
+    /// Has the host begin all that was pushed: one system call for the batch.
+    fn start(&mut self) -> io::Result<()>;
+    /// Appends what has been completed; does not wait.
+    fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()>;
+    /// As [`Queue::poll`], but waits until there is at least one, if any is held.
+    fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()>;
+    /// How many requests are pushed and not yet given back.
+    fn held(&self) -> usize;
+    /// Readable when [`Queue::poll`] may find something; `None` for a queue whose requests are
+    /// completed by the time `start` returns, blocking the thread meanwhile.
+    fn descriptor(&self) -> Option<RawFd>;
+    /// Makes the descriptor unreadable until the next completion; to be called before `poll`.
+    fn acknowledge(&mut self);
+    /// The system calls its thread needs for it.
+    fn syscalls(&self) -> &'static [Allow];
+}
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// A regular file or block device.
+    pub path: PathBuf,
+    /// Open for reading only.
+    pub readonly: bool,
+    /// Bypass the host's page cache.
+    pub direct: bool,
+    /// Use plain system calls even where the kernel offers io_uring.
+    pub disable_io_uring: bool,
+    /// What to lock against other processes.
+    pub lock: LockGranularity,
+}
+
+/// The formats there are. A format is always told, never guessed from the image's content, which
+/// the guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes of the disk, as they are.
+    Raw,
+}
+
+/// Opens and locks an image. Called on the VMM thread.
+///
+/// Errors name the field of the disk's configuration that is to blame.
+pub fn open(format: Format, options: &OpenOptions) -> Result<Box<dyn Image>, BuildError> {
+    match format {
+        Format::Raw => Ok(Box::new(raw::RawImage::open(options)?)),
+    }
+}

@@ -1,0 +1,287 @@
+//! Memory that the host kernel reads and writes for us: the guest's own, and bounce buffers.
+//!
+//! This is one of the modules that may hold `unsafe` code. The rule it keeps: a pointer into guest
+//! memory lives in a [`Buffers`] together with a reference to the mapping it points into; the
+//! engine owns the `Buffers` until the kernel is done. The guest may change the bytes at any time,
+//! so they are touched only by the kernel and by volatile copies, never through a reference.
+#![expect(
+    unsafe_code,
+    reason = "hands pointers into guest memory to preadv, pwritev and io_uring"
+)]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use crate::guest_memory::GuestRam;
+
+/// The most parts one vectored system call takes (`IOV_MAX`).
+const MAX_PARTS: usize = libc::UIO_MAXIOV as usize;
+
+/// Part of the range is not guest memory.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the range is not in guest memory")]
+pub struct OutOfRange;
+
+/// One contiguous piece of memory. Made in this module only, and borrowed from what keeps the
+/// memory alive.
+#[repr(transparent)]
+pub struct Part(libc::iovec);
+
+impl Part {
+    fn new(start: *mut libc::c_void, len: usize) -> Self {
+        Self(libc::iovec {
+            iov_base: start,
+            iov_len: len,
+        })
+    }
+
+    /// Where it begins; to be dereferenced by the kernel only.
+    pub fn start(&self) -> *mut u8 {
+        self.0.iov_base.cast()
+    }
+
+    /// How many bytes it has.
+    pub fn len_bytes(&self) -> usize {
+        self.0.iov_len
+    }
+}
+
+/// The parts as the kernel wants them.
+pub(super) fn as_iovecs(parts: &[Part]) -> *const libc::iovec {
+    parts.as_ptr().cast()
+}
+
+/// Pieces of guest memory, in order, to read into or write from.
+///
+/// Keeps its allocation when cleared, so that one can serve many requests.
+#[derive(Default)]
+pub struct Buffers {
+    parts: Vec<Part>,
+    /// Parts before this one are used up.
+    first: usize,
+    bytes: u64,
+    memory: Option<GuestRam>,
+}
+
+// SAFETY: the pointers are into the mapping that `memory` keeps alive, which any thread may access.
+unsafe impl Send for Buffers {}
+
+impl Buffers {
+    /// Appends `len` bytes of guest memory at `address`. On error it may hold a part of them, and
+    /// should be cleared.
+    pub fn push(
+        &mut self,
+        memory: &GuestRam,
+        address: GuestAddress,
+        len: usize,
+    ) -> Result<(), OutOfRange> {
+        match &self.memory {
+            None => self.memory = Some(memory.clone()),
+            // All pointers must be covered by the one reference.
+            Some(other) if !Arc::ptr_eq(other, memory) => return Err(OutOfRange),
+            Some(_) => {}
+        }
+        for slice in memory.get_slices(address, len) {
+            let slice = slice.map_err(|_| OutOfRange)?;
+            let start = slice.ptr_guard_mut().as_ptr();
+            match self.parts.last_mut() {
+                Some(Part(last))
+                    if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() =>
+                {
+                    last.iov_len += slice.len();
+                }
+                _ => self.parts.push(Part::new(start.cast(), slice.len())),
+            }
+            self.bytes += slice.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Forgets all parts and lets go of the guest's memory.
+    pub fn clear(&mut self) {
+        self.parts.clear();
+        self.first = 0;
+        self.bytes = 0;
+        self.memory = None;
+    }
+
+    /// How many bytes they hold.
+    pub fn len_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether every part begins at a multiple of `address` and has a multiple of `length` bytes;
+    /// both powers of two.
+    pub fn is_aligned(&self, address: u32, length: u32) -> bool {
+        let address_mask = (address as usize).wrapping_sub(1);
+        let length_mask = (length as usize).wrapping_sub(1);
+        self.parts[self.first..].iter().all(|Part(part)| {
+            (part.iov_base as usize) & address_mask == 0 && part.iov_len & length_mask == 0
+        })
+    }
+
+    /// The parts, as many as one system call takes.
+    pub fn parts(&self) -> &[Part] {
+        let parts = &self.parts[self.first..];
+        &parts[..parts.len().min(MAX_PARTS)]
+    }
+
+    /// Takes away the first `count` bytes.
+    pub fn advance(&mut self, count: u64) {
+        let mut left = count.min(self.bytes);
+        self.bytes -= left;
+        while left > 0 {
+            let Some(Part(part)) = self.parts.get_mut(self.first) else {
+                return;
+            };
+            let step = left.min(part.iov_len as u64);
+            part.iov_base = part.iov_base.wrapping_byte_add(step as usize);
+            part.iov_len -= step as usize;
+            if part.iov_len == 0 {
+                self.first += 1;
+            }
+            left -= step;
+        }
+    }
+
+    /// Copies from the front of the guest's memory into `target`; returns how many bytes.
+    pub fn copy_to(&self, target: &mut [u8]) -> usize {
+        let mut done = 0;
+        for Part(part) in &self.parts[self.first..] {
+            let rest = &mut target[done..];
+            if rest.is_empty() {
+                break;
+            }
+            // SAFETY: the part lies in the mapping that `self.memory` keeps alive, all of which
+            // is accessed by volatile copies only.
+            let slice = unsafe { VolatileSlice::new(part.iov_base.cast(), part.iov_len) };
+            done += slice.copy_to(rest);
+        }
+        done
+    }
+
+    /// Copies `source` to the front of the guest's memory; returns how many bytes.
+    pub fn copy_from(&self, source: &[u8]) -> usize {
+        let mut done = 0;
+        for Part(part) in &self.parts[self.first..] {
+            let rest = &source[done..];
+            if rest.is_empty() {
+                break;
+            }
+            let len = part.iov_len.min(rest.len());
+            // SAFETY: as in `copy_to`.
+            let slice = unsafe { VolatileSlice::new(part.iov_base.cast(), len) };
+            slice.copy_from(&rest[..len]);
+            done += len;
+        }
+        done
+    }
+}
+
+/// Memory of our own, aligned for O_DIRECT, zeroed when made.
+pub struct AlignedBuffer {
+    start: NonNull<u8>,
+    layout: Layout,
+    part: [Part; 1],
+}
+
+// SAFETY: it owns its memory.
+unsafe impl Send for AlignedBuffer {}
+
+impl AlignedBuffer {
+    /// `len` bytes (not 0) at a multiple of `align` (a power of two).
+    pub fn zeroed(len: usize, align: u32) -> io::Result<Self> {
+        let layout = Layout::from_size_align(len.max(1), align as usize)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: the layout's size is not zero.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            start,
+            layout,
+            part: [Part::new(start.as_ptr().cast(), 0)],
+        })
+    }
+
+    /// How many bytes it has.
+    pub fn len_bytes(&self) -> usize {
+        self.layout.size()
+    }
+
+    /// Its first `len` bytes, for a system call.
+    pub fn parts(&mut self, len: usize) -> &[Part] {
+        self.part[0].0.iov_len = len.min(self.layout.size());
+        &self.part
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the memory is ours, initialised, and lives as long as `self`. Engines give it to
+        // the kernel only while nobody calls this.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
+    }
+
+    /// Its bytes, to be changed.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`; `&mut self` makes it the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl Drop for AlignedBuffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this layout.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+    }
+}
+
+/// Reads a file at `offset` into memory; `nowait` fails with EAGAIN where it would wait for the
+/// device. Returns the number of bytes, 0 at the end of the file.
+pub(super) fn read_at(
+    file: BorrowedFd<'_>,
+    parts: &[Part],
+    offset: u64,
+    nowait: bool,
+) -> io::Result<usize> {
+    let flags = if nowait { libc::RWF_NOWAIT } else { 0 };
+    // SAFETY: `parts` is an array of `iovec`s, and whoever it is borrowed from keeps the memory
+    // alive that they point to.
+    let done = unsafe {
+        libc::preadv2(
+            file.as_raw_fd(),
+            as_iovecs(parts),
+            parts.len() as i32,
+            offset as i64,
+            flags,
+        )
+    };
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes memory to a file at `offset`; `durable` as in [`super::Operation::Write`]. Returns the
+/// number of bytes.
+pub(super) fn write_at(
+    file: BorrowedFd<'_>,
+    parts: &[Part],
+    offset: u64,
+    durable: bool,
+) -> io::Result<usize> {
+    let flags = if durable { libc::RWF_DSYNC } else { 0 };
+    // SAFETY: as in `read_at`.
+    let done = unsafe {
+        libc::pwritev2(
+            file.as_raw_fd(),
+            as_iovecs(parts),
+            parts.len() as i32,
+            offset as i64,
+            flags,
+        )
+    };
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,100 @@
+//! The raw engine: the bytes of the disk lie in a file or block device as they are.
+//!
+//! What has to be done for a request is decided in `job`, step by step; the steps are done by an
+//! io_uring (`uring`), or by plain system calls on the queue's own thread (`sync`) where the kernel
+//! refuses to make one.
+
+mod job;
+mod sync;
+#[cfg(test)]
+mod tests;
+mod uring;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::lock::ImageLock;
+use super::{Geometry, Image, OpenOptions, Queue, open};
+use crate::config::BuildError;
+
+/// A raw image.
+pub struct RawImage {
+    host: Arc<Host>,
+    size_bytes: u64,
+    geometry: Geometry,
+    serial: String,
+    disable_io_uring: bool,
+    _lock: ImageLock,
+}
+
+/// What the queues of an image share.
+struct Host {
+    file: Arc<File>,
+    /// With O_DIRECT: what it asks of addresses in memory.
+    direct_memory_align: Option<u32>,
+    logical_block: u32,
+    /// A block device takes `fallocate` in whole blocks only.
+    block_device: bool,
+    /// Set when the file system turned out to lack the operation, so as not to ask again.
+    no_punch_hole: AtomicBool,
+    no_zero_range: AtomicBool,
+}
+
+impl RawImage {
+    /// Opens and locks the file.
+    pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
+        let opened = open::open(options)?;
+        Ok(Self {
+            host: Arc::new(Host {
+                file: opened.file,
+                direct_memory_align: opened.direct_memory_align,
+                logical_block: opened.geometry.logical_block,
+                block_device: opened.block_device,
+                no_punch_hole: AtomicBool::new(false),
+                no_zero_range: AtomicBool::new(false),
+            }),
+            size_bytes: opened.size_bytes,
+            geometry: opened.geometry,
+            serial: opened.serial,
+            disable_io_uring: options.disable_io_uring,
+            _lock: opened.lock,
+        })
+    }
+}
+
+impl Image for RawImage {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn serial(&self) -> String {
+        self.serial.clone()
+    }
+
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        if !self.disable_io_uring {
+            match uring::UringQueue::new(self.host.clone(), depth) {
+                Ok(queue) => return Ok(Box::new(queue)),
+                Err(error) if is_refusal(&error) => {
+                    tracing::warn!(%error, "no io_uring; using plain system calls");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Box::new(sync::SyncQueue::new(self.host.clone(), depth)))
+    }
+}
+
+/// Whether the kernel does not have io_uring (or not what we need of it), or does not let us.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EINVAL | libc::ENOMEM)
+    )
+}
