@@ -10,6 +10,9 @@ mod sync;
 mod tests;
 mod uring;
 
+pub use sync::SYSCALLS as SYNC_SYSCALLS;
+pub use uring::SYSCALLS as URING_SYSCALLS;
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;

@@ -102,6 +102,28 @@ fn the_kernels_io_uring_is_used_where_it_has_one() {
 }
 
 #[test]
+fn plain_system_calls_are_used_where_the_kernel_refuses_an_io_uring() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        std::thread::spawn(move || {
+            let filter = SeccompFilter::new(
+                [(libc::SYS_io_uring_setup, Vec::new())].into(),
+                SeccompAction::Allow,
+                SeccompAction::Errno(errno as u32),
+                TargetArch::x86_64,
+            );
+            let program = BpfProgram::try_from(filter.unwrap()).unwrap();
+            seccompiler::apply_filter(&program).unwrap();
+            let mut engine = engine(&folder(), false, true);
+            assert!(engine.queue.descriptor().is_none());
+            engine.run(Operation::Read, 0, 4096).unwrap();
+        })
+        .join()
+        .unwrap();
+    }
+}
+
+#[test]
 fn one_request_too_many_is_refused_and_the_rest_are_done() {
     for (sync, direct) in [(false, false), (false, true), (true, false), (true, true)] {
         let mut engine = engine(&folder(), sync, direct);
@@ -190,5 +212,110 @@ fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
         let mut bytes = vec![1; 4 * 65536];
         file.as_file().read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(bytes, vec![0; 4 * 65536]);
+    }
+}
+
+/// A loop device over a file; detached when dropped.
+struct Loop {
+    device: String,
+    backing: tempfile::NamedTempFile,
+}
+
+impl Loop {
+    /// `None`, loudly, where there can be none.
+    fn new(block: u32) -> Option<Self> {
+        let backing = tempfile::NamedTempFile::new().unwrap();
+        backing
+            .as_file()
+            .write_all_at(&vec![0xaa; SIZE as usize], 0)
+            .unwrap();
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &block.to_string()])
+            .arg(backing.path())
+            .output();
+        match output {
+            Ok(output) if output.status.success() => Some(Self {
+                device: String::from_utf8(output.stdout).unwrap().trim().into(),
+                backing,
+            }),
+            other => {
+                eprintln!("SKIPPED: no loop device: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let status = std::process::Command::new("losetup")
+            .args(["--detach", &self.device])
+            .status();
+        assert!(status.unwrap().success());
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_like_any_other() {
+    for block in [512_u32, 4096] {
+        for (sync, direct) in [(false, false), (false, true), (true, false), (true, true)] {
+            let Some(device) = Loop::new(block) else {
+                return;
+            };
+            let image = RawImage::open(&OpenOptions {
+                path: device.device.clone().into(),
+                readonly: false,
+                direct,
+                disable_io_uring: sync,
+                lock: LockGranularity::ByteRange,
+            })
+            .unwrap();
+            assert_eq!(image.size_bytes(), SIZE);
+            assert_eq!(image.geometry().logical_block, block);
+            let mut engine = Engine {
+                queue: image.open_queue(4).unwrap(),
+                memory: Arc::new(
+                    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap(),
+                ),
+                file: tempfile::NamedTempFile::new().unwrap(),
+                _image: image,
+            };
+            let case = format!("{block} sync {sync} direct {direct}");
+            let write = Operation::Write { durable: false };
+            engine
+                .memory
+                .write_slice(&[7; 8192], GuestAddress(0))
+                .unwrap();
+            engine.run(write, 8192, 8192).unwrap();
+            for unmap in [false, true] {
+                let zeroes = Operation::WriteZeroes {
+                    unmap,
+                    durable: true,
+                };
+                let offset = (1 << 20) + (u64::from(unmap) << 18);
+                engine.run(zeroes, offset, 65536).expect(&case);
+            }
+            // A hint of half blocks frees the whole ones in it, or nothing.
+            engine.run(Operation::Discard, 512, 512).expect(&case);
+            engine
+                .run(Operation::Discard, (2 << 20) - 512, 8192)
+                .expect(&case);
+            engine.run(Operation::Flush, 0, 0).unwrap();
+            drop(engine);
+            let mut bytes = vec![0; SIZE as usize];
+            device
+                .backing
+                .as_file()
+                .read_exact_at(&mut bytes, 0)
+                .unwrap();
+            let all = |from: usize, to: usize, value| bytes[from..to].iter().all(|b| *b == value);
+            assert!(all(0, 512, 0xaa) && all(4096, 8192, 0xaa), "{case}");
+            assert!(all(8192, 16384, 7), "{case}");
+            for start in [1 << 20, (1 << 20) + (1 << 18)] {
+                assert!(all(start, start + 65536, 0), "{case}");
+                assert!(all(start + 65536, start + 65537, 0xaa), "{case}");
+            }
+            assert!(all((2 << 20) - 1024, (2 << 20) - 512, 0xaa), "{case}");
+        }
     }
 }
