@@ -19,6 +19,7 @@ use seccompiler::{
 pub use syscalls::Sysno;
 use thiserror::Error;
 
+mod allocator;
 pub mod violation;
 
 /// What a filter does with a call that is not on its list.
@@ -171,7 +172,7 @@ impl Filter {
             thread: thread.to_owned(),
             source,
         };
-        settle_allocator();
+        allocator::settle();
         let violation = match mode {
             SeccompMode::Off => {
                 return Ok(Self {
@@ -223,23 +224,6 @@ impl Filter {
             source,
         })
     }
-}
-
-/// Has glibc's allocator read `/proc/sys/vm/overcommit_memory` now, on a thread that may.
-///
-/// It does so, once in a process, when a thread first frees enough at the end of its own arena
-/// (`check_may_shrink_heap`): rarely, at any time, in any thread, and for a sandboxed one that
-/// would be the end. The first filter is compiled before any is installed.
-fn settle_allocator() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let churn = || drop([(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)));
-        // A second thread has an arena that is not the first one's. Without one there is nothing
-        // to settle.
-        if let Ok(thread) = std::thread::Builder::new().spawn(churn) {
-            let _ = thread.join();
-        }
-    });
 }
 
 impl Argument {

@@ -1,12 +1,12 @@
 //! The virtio block device (virtio 1.3 §5.2).
 //!
-//! One sandboxed thread per queue ([`worker`]), each with a queue of its own into the disk engine
+//! One sandboxed thread per queue (`worker`), each with a queue of its own into the disk engine
 //! ([`crate::disk`]); nothing is shared between them but a few atomics and, where one is
 //! configured, the rate limiter.
 
 mod config;
 mod counters;
-mod request;
+pub mod request;
 mod shared;
 #[cfg(test)]
 pub(crate) mod tests;

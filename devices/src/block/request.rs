@@ -233,7 +233,7 @@ impl Parser {
             _ => &self.readable,
         };
         let length = length(pieces);
-        if length == 0 || length % SECTOR != 0 {
+        if length == 0 || !length.is_multiple_of(SECTOR) {
             return Err(Status::IoErr);
         }
         let offset = within(sector, length / SECTOR, limits)?;

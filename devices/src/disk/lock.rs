@@ -115,11 +115,12 @@ impl ImageLock {
             return self.set(libc::F_WRLCK, 0, 0);
         }
         self.set(libc::F_RDLCK, 0, 0)?;
-        // A writer that locks bytes holds read locks too, so it has to be looked for. (Whoever
-        // comes after us finds our lock on the bytes it looks at.)
+        // A writer that locks bytes holds read locks too, so it has to be looked for; a lock to the
+        // end of the file (length 0) is another reader's like ours. Whoever comes after us finds
+        // our lock on the bytes it looks at.
         for bit in [WRITE, RESIZE] {
             match self.conflicting(USED + bit)? {
-                Some(other) if other.l_len == 1 => {
+                Some(other) if other.l_len != 0 => {
                     return Err(LockError::Held("has the image open for writing"));
                 }
                 _ => {}

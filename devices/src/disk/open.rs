@@ -49,15 +49,17 @@ pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
     let lock = ImageLock::take(file.clone(), !options.readonly, options.lock)
         .map_err(|e| lock_failed(path, e))?;
     let size_bytes = size(&file, &stat, block_device).map_err(|e| refused(path, e))?;
-    if size_bytes == 0 || size_bytes % SECTOR != 0 {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
         return Err(invalid(format!(
             "{} has {size_bytes} bytes; a disk has a multiple of {SECTOR}, and is not empty",
             path.display()
         )));
     }
     let (geometry, direct_memory_align) = alignment(&file, &stat, block_device, options.direct)
-        .map_err(|e| BuildError::host(format!("finding the block size of {}", path.display()), e))?;
-    if size_bytes % u64::from(geometry.logical_block) != 0 {
+        .map_err(|e| {
+            BuildError::host(format!("finding the block size of {}", path.display()), e)
+        })?;
+    if !size_bytes.is_multiple_of(geometry.logical_block.into()) {
         return Err(invalid(format!(
             "{} has {size_bytes} bytes, which is not a multiple of the {} bytes that its host disk \
              transfers at a time; not possible with `direct`",
@@ -204,9 +206,7 @@ fn lock_failed(path: &Path, error: LockError) -> BuildError {
             reason: error.to_string(),
         },
         LockError::Unsupported(_) => invalid(format!("{}: {error}", path.display())),
-        LockError::Host(source) => {
-            BuildError::host(format!("locking {}", path.display()), source)
-        }
+        LockError::Host(source) => BuildError::host(format!("locking {}", path.display()), source),
     }
 }
 

@@ -323,5 +323,6 @@ impl Driver {
 pub fn order_and_wait(worker: &Worker, order: impl FnOnce(crate::worker::Done) -> Order) {
     let (done, wait) = std::sync::mpsc::channel();
     worker.order(order(Box::new(move || done.send(()).unwrap())));
-    wait.recv_timeout(PATIENCE).expect("the order was not carried out");
+    wait.recv_timeout(PATIENCE)
+        .expect("the order was not carried out");
 }

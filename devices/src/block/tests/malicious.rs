@@ -1,6 +1,8 @@
 //! What a hostile driver does: nothing of it may end the thread, stall the queue, or reach beyond
 //! the disk and the guest's memory.
 
+use std::cell::RefCell;
+
 use proptest::prelude::*;
 
 use super::driver::{BUFFERS, Descriptor, INDIRECT, MEMORY, NEXT, WRITE};
@@ -12,8 +14,11 @@ const PLAIN: Setup = Setup {
     event_idx: false,
 };
 
+/// Address, length, flags, next.
+type Entry = (u64, u32, u16, u16);
+
 /// Lays these descriptors at 0…, offers the first, and returns how much was "written".
-fn provoke(disk: &mut Disk, descriptors: &[(u64, u32, u16, u16)]) -> u32 {
+fn provoke(disk: &mut Disk, descriptors: &[Entry]) -> u32 {
     for (index, &(address, len, flags, next)) in descriptors.iter().enumerate() {
         let descriptor = Descriptor {
             address,
@@ -41,34 +46,70 @@ fn chains_without_a_place_for_a_status_are_given_back_with_nothing_written() {
     disk.header(HEADER, 0, 0);
     let table = BUFFERS + 0x8000;
     let outside = MEMORY + 0x1000;
-    let cases: &[(&str, &[(u64, u32, u16, u16)])] = &[
+    let cases: &[(&str, &[Entry])] = &[
         ("a header only", &[(HEADER, 16, 0, 0)]),
         ("to itself", &[(HEADER, 16, NEXT, 0)]),
-        ("in a circle", &[(HEADER, 16, NEXT, 1), (DATA, 512, NEXT | WRITE, 0)]),
+        (
+            "in a circle",
+            &[(HEADER, 16, NEXT, 1), (DATA, 512, NEXT | WRITE, 0)],
+        ),
         ("out of the table", &[(HEADER, 16, NEXT, 128)]),
         ("far out of the table", &[(HEADER, 16, NEXT, u16::MAX)]),
-        ("open at the end", &[(HEADER, 16, NEXT, 1), (STATUS, 1, WRITE | NEXT, 60_000)]),
-        ("status of no length", &[(HEADER, 16, NEXT, 1), (STATUS, 0, WRITE, 0)]),
-        ("status outside memory", &[(HEADER, 16, NEXT, 1), (outside, 1, WRITE, 0)]),
-        ("status at the end of the world", &[(HEADER, 16, NEXT, 1), (u64::MAX, 1, WRITE, 0)]),
-        ("status beyond it", &[(HEADER, 16, NEXT, 1), (u64::MAX, u32::MAX, WRITE, 0)]),
-        ("status half outside", &[(HEADER, 16, NEXT, 1), (MEMORY - 1, 2, WRITE, 0)]),
-        ("readable status", &[(HEADER, 16, NEXT, 1), (STATUS, 1, 0, 0)]),
-        ("readable after writable", &[
-            (HEADER, 16, NEXT, 1),
-            (DATA, 512, NEXT | WRITE, 2),
-            (DATA, 512, NEXT, 3),
-            (STATUS, 1, WRITE, 0),
-        ]),
-        ("more than 4 GiB", &[
-            (HEADER, 16, NEXT, 1),
-            (DATA, u32::MAX, NEXT | WRITE, 2),
-            (STATUS, 1, WRITE, 0),
-        ]),
+        (
+            "open at the end",
+            &[(HEADER, 16, NEXT, 1), (STATUS, 1, WRITE | NEXT, 60_000)],
+        ),
+        (
+            "status of no length",
+            &[(HEADER, 16, NEXT, 1), (STATUS, 0, WRITE, 0)],
+        ),
+        (
+            "status outside memory",
+            &[(HEADER, 16, NEXT, 1), (outside, 1, WRITE, 0)],
+        ),
+        (
+            "status at the end of the world",
+            &[(HEADER, 16, NEXT, 1), (u64::MAX, 1, WRITE, 0)],
+        ),
+        (
+            "status beyond it",
+            &[(HEADER, 16, NEXT, 1), (u64::MAX, u32::MAX, WRITE, 0)],
+        ),
+        (
+            "status half outside",
+            &[(HEADER, 16, NEXT, 1), (MEMORY - 1, 2, WRITE, 0)],
+        ),
+        (
+            "readable status",
+            &[(HEADER, 16, NEXT, 1), (STATUS, 1, 0, 0)],
+        ),
+        (
+            "readable after writable",
+            &[
+                (HEADER, 16, NEXT, 1),
+                (DATA, 512, NEXT | WRITE, 2),
+                (DATA, 512, NEXT, 3),
+                (STATUS, 1, WRITE, 0),
+            ],
+        ),
+        (
+            "more than 4 GiB",
+            &[
+                (HEADER, 16, NEXT, 1),
+                (DATA, u32::MAX, NEXT | WRITE, 2),
+                (STATUS, 1, WRITE, 0),
+            ],
+        ),
         ("empty indirect table", &[(table, 0, INDIRECT, 0)]),
         ("broken indirect table", &[(table, 17, INDIRECT, 0)]),
-        ("huge indirect table", &[(table, u32::MAX - 15, INDIRECT, 0)]),
-        ("indirect table outside memory", &[(outside, 64, INDIRECT, 0)]),
+        (
+            "huge indirect table",
+            &[(table, u32::MAX - 15, INDIRECT, 0)],
+        ),
+        (
+            "indirect table outside memory",
+            &[(outside, 64, INDIRECT, 0)],
+        ),
     ];
     for (name, descriptors) in cases {
         assert_eq!(provoke(&mut disk, descriptors), 0, "{name}");
@@ -91,7 +132,8 @@ fn an_indirect_table_in_an_indirect_table_and_an_endless_one_are_given_back() {
     assert_eq!(provoke(&mut disk, &[(table, 16, INDIRECT, 0)]), 0);
     // 65,535 descriptors, all of them chained.
     for index in 0..u16::MAX {
-        disk.driver.set_at(table, index, entry(NEXT, index.wrapping_add(1)));
+        disk.driver
+            .set_at(table, index, entry(NEXT, index.wrapping_add(1)));
     }
     assert_eq!(provoke(&mut disk, &[(table, 16 * 0xffff, INDIRECT, 0)]), 0);
     still_works(&mut disk);
@@ -104,14 +146,39 @@ fn requests_that_make_no_sense_get_an_error_status() {
     let sectors = SIZE / 512;
     for (name, kind, sector, data) in [
         ("read past the end", 0, sectors, vec![(DATA, 512, true)]),
-        ("read across the end", 0, sectors - 1, vec![(DATA, 1024, true)]),
-        ("read at the end of the world", 0, u64::MAX, vec![(DATA, 512, true)]),
-        ("wraps in bytes", 0, u64::MAX / 512 + 1, vec![(DATA, 512, true)]),
+        (
+            "read across the end",
+            0,
+            sectors - 1,
+            vec![(DATA, 1024, true)],
+        ),
+        (
+            "read at the end of the world",
+            0,
+            u64::MAX,
+            vec![(DATA, 512, true)],
+        ),
+        (
+            "wraps in bytes",
+            0,
+            u64::MAX / 512 + 1,
+            vec![(DATA, 512, true)],
+        ),
         ("read of no length", 0, 0, vec![]),
         ("read of half a sector", 0, 0, vec![(DATA, 256, true)]),
         ("read into nowhere", 0, 0, vec![(outside, 512, true)]),
-        ("read into half of nowhere", 0, 0, vec![(MEMORY - 256, 512, true)]),
-        ("read into the end of the world", 0, 0, vec![(u64::MAX - 100, 512, true)]),
+        (
+            "read into half of nowhere",
+            0,
+            0,
+            vec![(MEMORY - 256, 512, true)],
+        ),
+        (
+            "read into the end of the world",
+            0,
+            0,
+            vec![(u64::MAX - 100, 512, true)],
+        ),
         ("read with readable data", 0, 0, vec![(DATA, 512, false)]),
         ("write past the end", 1, sectors, vec![(DATA, 512, false)]),
         ("write from nowhere", 1, 0, vec![(outside, 512, false)]),
@@ -216,7 +283,7 @@ fn a_driver_that_never_stops_does_not_keep_the_disk_from_pausing() {
 }
 
 /// Addresses and lengths that are often, but not always, sensible.
-fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
+fn descriptor() -> impl Strategy<Value = Entry> {
     let address = prop_oneof![
         4 => BUFFERS..BUFFERS + 0x8000,
         1 => 0..MEMORY + 0x1000,
@@ -232,37 +299,50 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     (address, len, flags, next)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
-
-    #[test]
-    fn random_descriptor_tables_never_stall_the_queue(
-        table in proptest::collection::vec(descriptor(), 16),
-        headers in proptest::collection::vec((0..16_u32, 0..20_000_u64), 8),
-        heads in proptest::collection::vec(0..16_u16, 1..16),
-        sync in any::<bool>(),
-    ) {
-        let setup = Setup { sync, ..PLAIN };
-        // Read-only, so that `still_works` knows what is on the disk.
-        let mut disk = Disk::with(setup, |config| {
+#[test]
+fn random_descriptor_tables_never_stall_the_queue() {
+    use proptest::collection::vec;
+    use proptest::test_runner::{Config, TestRunner};
+    for sync in [false, true] {
+        // Read-only, so that what is on the disk is known.
+        let disk = Disk::with(Setup { sync, ..PLAIN }, |config| {
             config.readonly = true;
             config.queue_size = 16;
         });
-        for (index, (kind, sector)) in headers.iter().enumerate() {
-            disk.header(BUFFERS + index as u64 * 0x1000, *kind, *sector);
-        }
-        for (index, &(address, len, flags, next)) in table.iter().enumerate() {
-            disk.driver.set(index as u16, Descriptor { address, len, flags, next });
-        }
-        for &head in &heads {
-            disk.driver.offer(head);
-        }
-        disk.driver.ring_anyway();
-        // Random buffers may overwrite the rings themselves; then the device may fail, but it
-        // must still obey.
-        disk.reset();
-        let worker = &disk.block.workers()[0];
-        disk.driver.activate(worker, 0);
-        still_works(&mut disk);
+        let disk = RefCell::new(disk);
+        let cases = (
+            vec(descriptor(), 16),
+            vec((0..16_u32, 0..20_000_u64), 8),
+            vec(0..16_u16, 1..16),
+        );
+        let mut runner = TestRunner::new(Config::with_cases(300));
+        runner
+            .run(&cases, |(table, headers, heads)| {
+                let disk = &mut *disk.borrow_mut();
+                for (index, (kind, sector)) in headers.into_iter().enumerate() {
+                    disk.header(BUFFERS + index as u64 * 0x1000, kind, sector);
+                }
+                for (index, (address, len, flags, next)) in table.into_iter().enumerate() {
+                    let descriptor = Descriptor {
+                        address,
+                        len,
+                        flags,
+                        next,
+                    };
+                    disk.driver.set(index as u16, descriptor);
+                }
+                for head in heads {
+                    disk.driver.offer(head);
+                }
+                disk.driver.ring_anyway();
+                // Random buffers may lie over the rings themselves; then the device may fail,
+                // but it must still obey.
+                disk.reset();
+                let worker = &disk.block.workers()[0];
+                disk.driver.activate(worker, 0);
+                still_works(disk);
+                Ok(())
+            })
+            .unwrap();
     }
 }

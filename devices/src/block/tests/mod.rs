@@ -8,7 +8,7 @@ mod malicious;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use self::driver::{BUFFERS, Driver, memory, order_and_wait};
 use super::{Block, DiskConfig};
@@ -30,6 +30,8 @@ const DATA: u64 = BUFFERS + 0x1000;
 /// Bytes of the test images.
 const SIZE: u64 = 8 << 20;
 
+pub type Events = Arc<Mutex<Vec<DeviceEvent>>>;
+
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub direct: bool,
@@ -50,7 +52,7 @@ pub struct Disk {
     pub block: Block,
     pub driver: Driver,
     pub image: tempfile::NamedTempFile,
-    pub events: Arc<Mutex<Vec<DeviceEvent>>>,
+    pub events: Events,
 }
 
 /// Byte `index` of a fresh test image.
@@ -60,8 +62,9 @@ pub fn pattern(index: u64) -> u8 {
 
 pub fn image() -> tempfile::NamedTempFile {
     let image = tempfile::NamedTempFile::new().unwrap();
-    let bytes: Vec<u8> = (0..SIZE).map(pattern).collect();
-    image.as_file().write_all_at(&bytes, 0).unwrap();
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    let bytes = BYTES.get_or_init(|| (0..SIZE).map(pattern).collect());
+    image.as_file().write_all_at(bytes, 0).unwrap();
     image
 }
 
@@ -75,7 +78,7 @@ pub fn config(image: &tempfile::NamedTempFile, setup: Setup) -> DiskConfig {
     config
 }
 
-pub fn build(config: &DiskConfig) -> Result<(Block, Arc<Mutex<Vec<DeviceEvent>>>), BuildError> {
+pub fn build(config: &DiskConfig) -> Result<(Block, Events), BuildError> {
     let events = Arc::new(Mutex::new(Vec::new()));
     let sink = events.clone();
     let reporter = Reporter::new(

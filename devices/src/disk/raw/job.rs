@@ -71,7 +71,7 @@ impl Job {
     /// Begins a request.
     pub fn new(mut request: Request, host: &Host) -> Result<Self, Completion> {
         let block = u64::from(host.logical_block);
-        let mut aligned = (request.offset | request.length) % block == 0;
+        let mut aligned = (request.offset | request.length).is_multiple_of(block);
         let plan = match request.operation {
             Operation::Flush => {
                 aligned = true;
@@ -265,18 +265,15 @@ pub fn refusal(request: Request, error: Errno) -> Completion {
 /// Cuts a hint down to the whole blocks in it.
 fn shrink(request: &mut Request, block: u64) {
     let end = request.offset.saturating_add(request.length) / block * block;
-    let start = request.offset.checked_next_multiple_of(block).unwrap_or(end);
+    let start = request
+        .offset
+        .checked_next_multiple_of(block)
+        .unwrap_or(end);
     request.offset = start;
     request.length = end.saturating_sub(start);
 }
 
 fn is_unsupported(error: Errno) -> bool {
     // ENODEV and ENOSYS: `fallocate` itself is missing. EINVAL: from a block device.
-    [
-        Errno::OPNOTSUPP,
-        Errno::NODEV,
-        Errno::NOSYS,
-        Errno::INVAL,
-    ]
-    .contains(&error)
+    [Errno::OPNOTSUPP, Errno::NODEV, Errno::NOSYS, Errno::INVAL].contains(&error)
 }

@@ -10,13 +10,14 @@ mod sync;
 mod tests;
 mod uring;
 
+pub use sync::SYSCALLS as SYNC_SYSCALLS;
+pub use uring::SYSCALLS as URING_SYSCALLS;
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-pub use self::sync::SYSCALLS as SYNC_SYSCALLS;
-pub use self::uring::SYSCALLS as URING_SYSCALLS;
 use super::lock::ImageLock;
 use super::{Geometry, Image, OpenOptions, Queue, open};
 use crate::config::BuildError;

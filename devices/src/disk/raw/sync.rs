@@ -16,7 +16,7 @@ use super::job::{After, BOUNCE, Job, PUNCH_HOLE, Step, ZERO_RANGE, refusal};
 use crate::allow;
 use crate::sandbox::{Allow, Test};
 
-/// What [`perform`] needs.
+/// What reads, writes, syncs and allocations need.
 pub const SYSCALLS: &[Allow] = &[
     allow!(preadv),
     allow!(preadv2),

@@ -1,0 +1,321 @@
+//! The engine by itself, without virtio.
+
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::super::{Buffers, Completion, LockGranularity, Operation, Request};
+use super::*;
+use crate::guest_memory::GuestRam;
+
+const SIZE: u64 = 4 << 20;
+
+struct Engine {
+    queue: Box<dyn Queue>,
+    memory: GuestRam,
+    file: tempfile::NamedTempFile,
+    _image: RawImage,
+}
+
+/// An image in `folder`, and a queue of four requests.
+fn engine(folder: &str, sync: bool, direct: bool) -> Engine {
+    let file = tempfile::NamedTempFile::new_in(folder).unwrap();
+    file.as_file()
+        .write_all_at(&vec![0xaa; SIZE as usize], 0)
+        .unwrap();
+    let image = RawImage::open(&OpenOptions {
+        path: file.path().into(),
+        readonly: false,
+        direct,
+        disable_io_uring: sync,
+        lock: LockGranularity::ByteRange,
+    })
+    .unwrap();
+    Engine {
+        queue: image.open_queue(4).unwrap(),
+        memory: Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap()),
+        file,
+        _image: image,
+    }
+}
+
+impl Engine {
+    fn request(&self, tag: u16, operation: Operation, offset: u64, length: u64) -> Request {
+        let mut buffers = Buffers::default();
+        if let Operation::Read | Operation::Write { .. } = operation {
+            buffers
+                .push(&self.memory, GuestAddress(0), length as usize)
+                .unwrap();
+        }
+        Request {
+            tag,
+            operation,
+            offset,
+            length,
+            buffers,
+        }
+    }
+
+    fn finish(&mut self) -> Vec<Completion> {
+        let mut completed = Vec::new();
+        self.queue.start().unwrap();
+        while self.queue.held() > 0 {
+            self.queue.wait(&mut completed).unwrap();
+        }
+        completed
+    }
+
+    fn run(&mut self, operation: Operation, offset: u64, length: u64) -> io::Result<()> {
+        let request = self.request(0, operation, offset, length);
+        self.queue.push(request);
+        self.finish().remove(0).result
+    }
+
+    fn content(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.file
+            .as_file()
+            .read_exact_at(&mut bytes, offset)
+            .unwrap();
+        bytes
+    }
+}
+
+fn folder() -> String {
+    std::env::temp_dir().to_str().unwrap().to_owned()
+}
+
+#[test]
+fn the_kernels_io_uring_is_used_where_it_has_one() {
+    let refused = match io_uring::IoUring::new(4) {
+        Ok(_) => false,
+        Err(error) => {
+            eprintln!("SKIPPED: this kernel has no io_uring ({error})");
+            true
+        }
+    };
+    assert_eq!(
+        engine(&folder(), false, false).queue.descriptor().is_none(),
+        refused
+    );
+    assert!(engine(&folder(), true, false).queue.descriptor().is_none());
+}
+
+#[test]
+fn plain_system_calls_are_used_where_the_kernel_refuses_an_io_uring() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        std::thread::spawn(move || {
+            let filter = SeccompFilter::new(
+                [(libc::SYS_io_uring_setup, Vec::new())].into(),
+                SeccompAction::Allow,
+                SeccompAction::Errno(errno as u32),
+                TargetArch::x86_64,
+            );
+            let program = BpfProgram::try_from(filter.unwrap()).unwrap();
+            seccompiler::apply_filter(&program).unwrap();
+            let mut engine = engine(&folder(), false, true);
+            assert!(engine.queue.descriptor().is_none());
+            engine.run(Operation::Read, 0, 4096).unwrap();
+        })
+        .join()
+        .unwrap();
+    }
+}
+
+#[test]
+fn one_request_too_many_is_refused_and_the_rest_are_done() {
+    for (sync, direct) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut engine = engine(&folder(), sync, direct);
+        for tag in 0..5 {
+            let request = engine.request(tag, Operation::Read, 0, 4096);
+            engine.queue.push(request);
+        }
+        let mut completed = engine.finish();
+        completed.sort_by_key(|completion| completion.tag);
+        assert_eq!(completed.len(), 5);
+        // Through the page cache, requests may be done as they are pushed.
+        for completion in &completed[..4] {
+            completion.result.as_ref().unwrap();
+        }
+        if let Err(error) = &completed[4].result {
+            assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+        }
+        engine.run(Operation::Flush, 0, 0).unwrap();
+    }
+}
+
+#[test]
+fn zeroes_are_written_where_the_file_system_has_no_zero_range() {
+    // tmpfs punches holes but has no FALLOC_FL_ZERO_RANGE.
+    for sync in [false, true] {
+        let mut engine = engine("/dev/shm", sync, false);
+        let zeroes = |unmap| Operation::WriteZeroes {
+            unmap,
+            durable: true,
+        };
+        engine.run(zeroes(false), 512, 1 << 20).unwrap();
+        assert_eq!(engine.content(512, 1 << 20), vec![0; 1 << 20]);
+        assert_eq!(engine.content(0, 512), [0xaa; 512]);
+        assert_eq!(engine.content(512 + (1 << 20), 512), [0xaa; 512]);
+        engine.run(zeroes(true), 2 << 20, 4096).unwrap();
+        assert_eq!(engine.content(2 << 20, 4096), [0; 4096]);
+        engine.run(Operation::Discard, 3 << 20, 4096).unwrap();
+        assert_eq!(engine.content(3 << 20, 4096), [0; 4096]);
+    }
+}
+
+#[test]
+fn a_direct_image_takes_no_part_of_a_block() {
+    for sync in [false, true] {
+        let mut engine = engine(&folder(), sync, true);
+        let error = engine.run(Operation::Read, 100, 512).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        engine.run(Operation::Read, 4096, 4096).unwrap();
+    }
+}
+
+#[test]
+fn reads_past_the_end_fail_and_holes_read_as_zeroes() {
+    for (sync, direct) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut engine = engine(&folder(), sync, direct);
+        engine.file.as_file().set_len(1 << 20).unwrap();
+        let error = engine.run(Operation::Read, 1 << 20, 4096).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        engine.file.as_file().set_len(SIZE).unwrap();
+        engine
+            .memory
+            .write_slice(&[1; 4096], GuestAddress(0))
+            .unwrap();
+        engine.run(Operation::Read, 1 << 20, 4096).unwrap();
+        let mut bytes = [1; 4096];
+        engine
+            .memory
+            .read_slice(&mut bytes, GuestAddress(0))
+            .unwrap();
+        assert_eq!(bytes, [0; 4096]);
+    }
+}
+
+#[test]
+fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
+    for _ in 0..50 {
+        let mut engine = engine(&folder(), false, true);
+        for tag in 0..4 {
+            let write = Operation::Write { durable: true };
+            let request = engine.request(tag, write, u64::from(tag) * 65536, 65536);
+            engine.queue.push(request);
+        }
+        engine.queue.start().unwrap();
+        let Engine { queue, file, .. } = engine;
+        drop(queue);
+        let mut bytes = vec![1; 4 * 65536];
+        file.as_file().read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, vec![0; 4 * 65536]);
+    }
+}
+
+/// A loop device over a file; detached when dropped.
+struct Loop {
+    device: String,
+    backing: tempfile::NamedTempFile,
+}
+
+impl Loop {
+    /// `None`, loudly, where there can be none.
+    fn new(block: u32) -> Option<Self> {
+        let backing = tempfile::NamedTempFile::new().unwrap();
+        backing
+            .as_file()
+            .write_all_at(&vec![0xaa; SIZE as usize], 0)
+            .unwrap();
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &block.to_string()])
+            .arg(backing.path())
+            .output();
+        match output {
+            Ok(output) if output.status.success() => Some(Self {
+                device: String::from_utf8(output.stdout).unwrap().trim().into(),
+                backing,
+            }),
+            other => {
+                eprintln!("SKIPPED: no loop device: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let status = std::process::Command::new("losetup")
+            .args(["--detach", &self.device])
+            .status();
+        assert!(status.unwrap().success());
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_like_any_other() {
+    for block in [512_u32, 4096] {
+        for (sync, direct) in [(false, false), (false, true), (true, false), (true, true)] {
+            let Some(device) = Loop::new(block) else {
+                return;
+            };
+            let image = RawImage::open(&OpenOptions {
+                path: device.device.clone().into(),
+                readonly: false,
+                direct,
+                disable_io_uring: sync,
+                lock: LockGranularity::ByteRange,
+            })
+            .unwrap();
+            assert_eq!(image.size_bytes(), SIZE);
+            assert_eq!(image.geometry().logical_block, block);
+            let mut engine = Engine {
+                queue: image.open_queue(4).unwrap(),
+                memory: Arc::new(
+                    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap(),
+                ),
+                file: tempfile::NamedTempFile::new().unwrap(),
+                _image: image,
+            };
+            let case = format!("{block} sync {sync} direct {direct}");
+            let write = Operation::Write { durable: false };
+            engine
+                .memory
+                .write_slice(&[7; 8192], GuestAddress(0))
+                .unwrap();
+            engine.run(write, 8192, 8192).unwrap();
+            for unmap in [false, true] {
+                let zeroes = Operation::WriteZeroes {
+                    unmap,
+                    durable: true,
+                };
+                let offset = (1 << 20) + (u64::from(unmap) << 18);
+                engine.run(zeroes, offset, 65536).expect(&case);
+            }
+            // A hint of half blocks frees the whole ones in it, or nothing.
+            engine.run(Operation::Discard, 512, 512).expect(&case);
+            engine
+                .run(Operation::Discard, (2 << 20) - 512, 8192)
+                .expect(&case);
+            engine.run(Operation::Flush, 0, 0).unwrap();
+            drop(engine);
+            let mut bytes = vec![0; SIZE as usize];
+            device
+                .backing
+                .as_file()
+                .read_exact_at(&mut bytes, 0)
+                .unwrap();
+            let all = |from: usize, to: usize, value| bytes[from..to].iter().all(|b| *b == value);
+            assert!(all(0, 512, 0xaa) && all(4096, 8192, 0xaa), "{case}");
+            assert!(all(8192, 16384, 7), "{case}");
+            for start in [1 << 20, (1 << 20) + (1 << 18)] {
+                assert!(all(start, start + 65536, 0), "{case}");
+                assert!(all(start + 65536, start + 65537, 0xaa), "{case}");
+            }
+            assert!(all((2 << 20) - 1024, (2 << 20) - 512, 0xaa), "{case}");
+        }
+    }
+}

@@ -115,7 +115,11 @@ impl UringQueue {
 
     /// Goes on with the job in `slot` until it waits for the kernel or is done.
     fn advance(&mut self, slot: u16) {
-        while let Some(job) = self.slots.get_mut(usize::from(slot)).and_then(Option::as_mut) {
+        while let Some(job) = self
+            .slots
+            .get_mut(usize::from(slot))
+            .and_then(Option::as_mut)
+        {
             if job.wants_bounce() {
                 match take_bounce(&mut self.bounces, &mut self.bounces_made) {
                     Ok(Some(buffer)) => job.lend_bounce(buffer),
@@ -151,7 +155,11 @@ impl UringQueue {
 
     /// Puts a step into the ring.
     fn submit(&mut self, slot: u16, step: Step) {
-        let Some(job) = self.slots.get_mut(usize::from(slot)).and_then(Option::as_mut) else {
+        let Some(job) = self
+            .slots
+            .get_mut(usize::from(slot))
+            .and_then(Option::as_mut)
+        else {
             return;
         };
         let entry = entry(step, job.parts()).user_data(slot.into());
@@ -189,9 +197,7 @@ impl UringQueue {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // The kernel is short of memory. What is in flight goes on meanwhile.
-                Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) =>
-                {
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     attempts += 1;
                     if attempts > SUBMIT_ATTEMPTS {
                         return Err(error);
@@ -213,7 +219,11 @@ impl UringQueue {
             let result = usize::try_from(entry.result())
                 .map_err(|_| Errno::from_raw_os_error(entry.result().wrapping_neg()));
             let slot = entry.user_data() as u16;
-            let Some(job) = self.slots.get_mut(usize::from(slot)).and_then(Option::as_mut) else {
+            let Some(job) = self
+                .slots
+                .get_mut(usize::from(slot))
+                .and_then(Option::as_mut)
+            else {
                 continue;
             };
             match job.finished(result, &self.host) {
@@ -379,5 +389,53 @@ impl Drop for UringQueue {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    #[test]
+    fn the_ring_does_six_operations_on_one_file_and_nothing_else() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let other = tempfile::tempfile().unwrap();
+        let host = Arc::new(Host {
+            file,
+            direct_memory_align: None,
+            logical_block: 512,
+            block_device: false,
+            no_punch_hole: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+        });
+        let mut queue = match UringQueue::new(host, 4) {
+            Ok(queue) => queue,
+            Err(error) => {
+                eprintln!("SKIPPED: this kernel has no io_uring ({error})");
+                return;
+            }
+        };
+        queue.enter(0).unwrap();
+        let mut result = |entry: Entry| {
+            // SAFETY: none of these entries points to memory.
+            unsafe { queue.ring.submission().push(&entry) }.unwrap();
+            queue.ring.submit_and_wait(1).unwrap();
+            queue.ring.completion().next().unwrap().result()
+        };
+        assert_eq!(result(opcode::Fsync::new(FILE).build()), 0);
+        let forbidden = [
+            opcode::Nop::new().build().flags(Flags::FIXED_FILE),
+            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), std::ptr::null())
+                .build()
+                .flags(Flags::FIXED_FILE),
+            opcode::Fsync::new(types::Fd(other.as_raw_fd())).build(),
+            opcode::Fsync::new(FILE).build().flags(Flags::IO_LINK),
+        ];
+        for entry in forbidden {
+            assert_eq!(result(entry), -libc::EACCES);
+        }
+        assert!(queue.ring.submitter().unregister_files().is_err());
     }
 }

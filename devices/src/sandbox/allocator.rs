@@ -1,0 +1,28 @@
+//! One heap for all threads, and nothing left for malloc to look up once a filter is in place.
+//!
+//! glibc's malloc gives threads heaps of their own, and when it shrinks one for the first time it
+//! opens `/proc/sys/vm/overcommit_memory` (`check_may_shrink_heap`): rarely, at any time, in any
+//! thread, and in a sandboxed one that is a violation. With a single heap it never does. One heap
+//! also keeps the process smaller, and our threads hardly allocate once they run.
+#![expect(unsafe_code, reason = "no crate wraps mallopt")]
+
+use std::sync::Once;
+
+/// Settles malloc for good. The first filter is compiled before any is installed, and in the
+/// product before there is a second thread.
+pub fn settle() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let churn = || drop([(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)));
+        // In a test, threads with heaps of their own are there already: have one of them shrink
+        // now. Without a thread there is nothing to settle.
+        if let Ok(thread) = std::thread::Builder::new().spawn(churn) {
+            let _ = thread.join();
+        }
+        // SAFETY: it sets a number within malloc, which takes its own lock. Where it is refused
+        // things stay as they were.
+        unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+        }
+    });
+}
