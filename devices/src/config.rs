@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
 
+use crate::allow;
 use crate::block::{Block, DiskConfig};
 use crate::event::Reporter;
 use crate::rng::{Rng, RngConfig};
-use crate::allow;
 use crate::sandbox::{Allow, SeccompMode, Test};
 use crate::virtio::VirtioDevice;
 

@@ -153,7 +153,8 @@ impl Entropy {
         // since the path may lead elsewhere by then.
         is_regular(before.st_mode).map_err(invalid)?;
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let fd = rustix::fs::openat(rustix::fs::CWD, path, flags, Mode::empty()).map_err(refused)?;
+        let fd =
+            rustix::fs::openat(rustix::fs::CWD, path, flags, Mode::empty()).map_err(refused)?;
         let stat = rustix::fs::fstat(&fd).map_err(refused)?;
         let regular = is_regular(stat.st_mode).map_err(invalid)?;
         if regular {

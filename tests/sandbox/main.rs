@@ -3,7 +3,10 @@
 //!
 //! Each case runs in a forked child that installs the filter, makes one call with harmless
 //! arguments (no descriptors, null pointers) and exits; the parent looks at how it ended.
-#![expect(unsafe_code, reason = "forks and makes raw system calls with chosen arguments")]
+#![expect(
+    unsafe_code,
+    reason = "forks and makes raw system calls with chosen arguments"
+)]
 
 use std::collections::BTreeSet;
 
@@ -260,7 +263,12 @@ fn no_thread_maps_memory_executable() {
 fn no_thread_makes_an_internet_socket() {
     for kind in &kinds() {
         let filter = compile(kind);
-        for family in [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET] {
+        for family in [
+            libc::AF_INET,
+            libc::AF_INET6,
+            libc::AF_NETLINK,
+            libc::AF_PACKET,
+        ] {
             let end = run(&filter, libc::SYS_socket, [family as u64, 1, 0, 0, 0, 0]);
             assert_eq!(end, End::Violation, "{}: family {family}", kind.0);
         }
@@ -272,7 +280,14 @@ fn every_kind_of_thread_is_there_once() {
     let kinds = kinds();
     let names: BTreeSet<&str> = kinds.iter().map(|kind| kind.0).collect();
     assert_eq!(names.len(), kinds.len());
-    for name in ["main", "signal-handler", "vmm", "vcpu", "raw-io-uring", "rng"] {
+    for name in [
+        "main",
+        "signal-handler",
+        "vmm",
+        "vcpu",
+        "raw-io-uring",
+        "rng",
+    ] {
         assert!(names.contains(name), "{name} is missing from {names:?}");
     }
 }

@@ -149,7 +149,8 @@ impl VmConfig {
     /// Removes the device `id`; false where there is none.
     pub fn remove(&mut self, id: &str) -> bool {
         let before = self.disks.len();
-        self.disks.retain(|disk| disk.common.id.as_deref() != Some(id));
+        self.disks
+            .retain(|disk| disk.common.id.as_deref() != Some(id));
         self.disks.len() < before
     }
 

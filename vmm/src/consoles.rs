@@ -21,9 +21,12 @@ impl Consoles {
     /// Opens what the configuration says, and fills in the paths of pseudo-terminals.
     pub fn open(config: &mut VmConfig, seccomp: SeccompMode) -> Result<Self, Error> {
         let context = |id| BuildContext {
-            reporter: Reporter::new(id, Arc::new(|id, event| {
-                tracing::warn!(console = id, ?event, "console");
-            })),
+            reporter: Reporter::new(
+                id,
+                Arc::new(|id, event| {
+                    tracing::warn!(console = id, ?event, "console");
+                }),
+            ),
             seccomp,
         };
         let at = |field: &'static str| move |e: BuildError| Error::from(e).within(field);

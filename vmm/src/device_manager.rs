@@ -163,9 +163,7 @@ impl DeviceManager {
         let gone: Vec<String> = self
             .devices
             .iter()
-            .filter(|(_, plugged)| {
-                plugged.removal.is_some() && slots & (1 << plugged.slot) != 0
-            })
+            .filter(|(_, plugged)| plugged.removal.is_some() && slots & (1 << plugged.slot) != 0)
             .map(|(id, _)| id.clone())
             .collect();
         gone.into_iter().filter_map(|id| self.unplug(id)).collect()
@@ -296,20 +294,15 @@ impl DeviceManager {
         let slot = plugged.slot;
         self.sockets.bus.unplug(slot);
         retire(plugged.transport);
-        Some(Removed {
-            id,
-            bdf: bdf(slot),
-        })
+        Some(Removed { id, bdf: bdf(slot) })
     }
 
     fn choose_slot(&self, wanted: Option<u8>) -> Result<u8, Error> {
         let taken = |slot: u8| self.devices.values().any(|plugged| plugged.slot == slot);
         match wanted {
-            Some(slot) if taken(slot) => Err(Invalid::new(
-                "pci_device_id",
-                format!("slot {slot} is taken"),
-            )
-            .into()),
+            Some(slot) if taken(slot) => {
+                Err(Invalid::new("pci_device_id", format!("slot {slot} is taken")).into())
+            }
             Some(slot) => Ok(slot),
             None => SLOTS
                 .into_iter()

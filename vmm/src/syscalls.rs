@@ -44,10 +44,7 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
 pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     let mut kinds = vec![
         ("vmm", vmm_thread()),
-        (
-            "vcpu",
-            vec![COMMON, vcpu::SYSCALLS, interrupts::SYSCALLS],
-        ),
+        ("vcpu", vec![COMMON, vcpu::SYSCALLS, interrupts::SYSCALLS]),
     ];
     kinds.extend(config::thread_kinds());
     kinds

@@ -9,8 +9,8 @@ use devices::bus::{Bus, BusDevice};
 use devices::event::{DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
 use devices::legacy::{
-    ConsoleMode,    CMOS_PORTS, Cmos, DebugConsole, DebugPort, I8042, I8042_PORTS, PM_TIMER_PORTS, PmTimer,
-    SERIAL_PORTS, SerialDevice,
+    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugPort, I8042, I8042_PORTS, PM_TIMER_PORTS,
+    PmTimer, SERIAL_PORTS, SerialDevice,
 };
 use devices::pci::bus::{PORTS, PciBus};
 use devices::pci::hotplug::{HOTPLUG_PORTS, PciHotplug};
@@ -204,7 +204,11 @@ fn legacy_devices(
     let sleep = SleepAndReset::new(signals.clone());
     buses.pio(ACPI_SLEEP_PORT, SLEEP_PORTS, Arc::new(sleep))?;
     buses.pio(PM_TIMER_PORT, PM_TIMER_PORTS, Arc::new(PmTimer::default()))?;
-    buses.pio(I8042_PORT, I8042_PORTS, Arc::new(I8042::new(signals.clone())))?;
+    buses.pio(
+        I8042_PORT,
+        I8042_PORTS,
+        Arc::new(I8042::new(signals.clone())),
+    )?;
     buses.pio(CMOS_PORT, CMOS_PORTS, Arc::new(Cmos::new(low, total - low)))?;
     let events = events.clone();
     let marker = DebugPort::new(

@@ -104,12 +104,7 @@ impl Vmm {
     fn next_message(&self) -> Option<Message> {
         let deadline = self.created.as_ref().and_then(Created::next_deadline);
         match deadline {
-            None => Some(
-                self.endpoint
-                    .inbox
-                    .recv()
-                    .unwrap_or(Message::Terminate),
-            ),
+            None => Some(self.endpoint.inbox.recv().unwrap_or(Message::Terminate)),
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 match self.endpoint.inbox.recv_timeout(left) {
@@ -155,7 +150,9 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Nmi { reply } => {
-                let result = self.created(Verb::Nmi).and_then(|c| c.running()?.vcpus.nmi());
+                let result = self
+                    .created(Verb::Nmi)
+                    .and_then(|c| c.running()?.vcpus.nmi());
                 self.answer(reply, result);
             }
             Command::Delete { reply } => {

@@ -7,7 +7,6 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-
 use crate::bus::BusDevice;
 
 /// I/O ports of the index and the data.

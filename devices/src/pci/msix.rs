@@ -27,8 +27,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::config::{ConfigSpace, LayoutError};
-use crate::throttle::Throttle;
 use crate::machine::MsiVector;
+use crate::throttle::Throttle;
 
 /// Bytes of a table entry.
 pub const ENTRY_SIZE: u64 = 16;

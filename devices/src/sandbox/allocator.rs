@@ -13,7 +13,11 @@ use std::sync::Once;
 pub fn settle() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let churn = || drop([(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)));
+        let churn = || {
+            drop(std::hint::black_box(
+                [(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)),
+            ));
+        };
         // In a test, threads with heaps of their own are there already: have one of them shrink
         // now. Without a thread there is nothing to settle.
         if let Ok(thread) = std::thread::Builder::new().spawn(churn) {

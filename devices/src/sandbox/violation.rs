@@ -3,7 +3,10 @@
 //!
 //! The filter's action is `SECCOMP_RET_TRAP`, so the kernel sends SIGSYS to the thread in place of
 //! the call. Everything here runs in that signal's handler: no allocation, no locks.
-#![expect(unsafe_code, reason = "a signal handler reads the kernel's siginfo and re-raises")]
+#![expect(
+    unsafe_code,
+    reason = "a signal handler reads the kernel's siginfo and re-raises"
+)]
 
 use std::fmt::Write;
 use std::os::fd::{AsFd, OwnedFd};
