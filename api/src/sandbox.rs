@@ -9,13 +9,17 @@ use devices::sandbox::{Allow, Test};
 
 /// The main thread, beside [`devices::sandbox::COMMON`].
 pub const MAIN: &[Allow] = {
-    use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, SOCK_CLOEXEC, SOCK_NONBLOCK};
+    use libc::{
+        AT_FDCWD, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, F_GETFD, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    };
     &[
         allow!(accept4, 3 => Test::Is((SOCK_CLOEXEC | SOCK_NONBLOCK) as u32)),
         allow!(epoll_ctl, 1 => Test::Is(EPOLL_CTL_ADD as u32)),
         allow!(epoll_ctl, 1 => Test::Is(EPOLL_CTL_DEL as u32)),
         allow!(epoll_ctl, 1 => Test::Is(EPOLL_CTL_MOD as u32)),
         allow!(epoll_wait),
+        // The standard library looks whether what it closes is open, in debug builds.
+        allow!(fcntl, 1 => Test::Is(F_GETFD as u32)),
         // Seeds of hash maps.
         allow!(getrandom),
         // Wakes from other threads.
@@ -25,9 +29,9 @@ pub const MAIN: &[Allow] = {
         // Answers: only to whom is connected already.
         allow!(sendto, 4 => Test::IsQword(0)),
         allow!(shutdown),
-        // The API socket and its lock, at the end.
-        allow!(unlink),
-        allow!(unlinkat),
+        // The API socket and its lock, at the end: whether it is still ours, and away.
+        allow!(newfstatat, 0 => Test::Is(AT_FDCWD as u32)),
+        allow!(unlinkat, 0 => Test::Is(AT_FDCWD as u32), 2 => Test::Is(0)),
     ]
 };
 

@@ -164,13 +164,13 @@ impl AsyncRead for Stream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let length = buffer.remaining().min(READ_MAX);
-        let unfilled = buffer.initialize_unfilled_to(length);
         let received = loop {
             match self.socket.poll_read_ready(cx) {
                 Poll::Pending => return self.poll_deadline(cx).map(Err),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Ready(Ok(())) => {}
             }
+            let unfilled = buffer.initialize_unfilled_to(length);
             let attempt = self
                 .socket
                 .try_io(Interest::READABLE, || self.receive(unfilled));
