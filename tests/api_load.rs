@@ -305,6 +305,38 @@ fn requests_with_descriptors_leave_nothing_behind() {
     eventually("descriptors are closed", || open_descriptors() <= before);
 }
 
+#[test]
+fn running_out_of_descriptors_is_waited_out_without_spinning() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    use rustix::time::{ClockId, clock_gettime};
+
+    let _alone = alone();
+    let server = Server::start();
+    let mut served = server.connect();
+    assert_eq!(served.get("vmm.ping").status, 200);
+    let waiting = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let address = SocketAddrUnix::new(&server.path).unwrap();
+
+    let limit = getrlimit(Resource::Nofile);
+    let none = Rlimit {
+        current: Some(3),
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, none).unwrap();
+    connect(&waiting, &address).unwrap();
+    let before = Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let used = Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap() - before;
+    let still_served = served.get("vmm.ping").status;
+    setrlimit(Resource::Nofile, limit).unwrap();
+
+    assert_eq!(still_served, 200);
+    assert!(used < Duration::from_millis(100), "{used:?}");
+    let mut waiting = Client::over(waiting.into());
+    assert_eq!(waiting.get("vmm.ping").status, 200);
+}
+
 /// Not a benchmark, only a figure to look at; the machine may be busy.
 #[test]
 fn ping_over_a_kept_connection_is_quick() {
