@@ -64,6 +64,7 @@ pub struct Problem {
     code: &'static str,
     /// Path of the offending field in the request's body, as in `disks[0].queue_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     field: Option<String>,
     /// The same as the default answer: from the outermost error to its cause.
     errors: Vec<String>,
@@ -197,8 +198,11 @@ pub fn render(mut response: Response<Body>, path: &str, problem: bool) -> Respon
         _ => path.rsplit('/').next().unwrap_or_default(),
     };
     let (body, media_type) = error.body(operation, problem);
+    let length = body.len();
     *response.body_mut() = Body::from(body);
     let headers = response.headers_mut();
+    // The router has put down the length of the empty body.
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
     if let Some(allow) = error.allow {
         headers.insert(header::ALLOW, HeaderValue::from_static(allow));

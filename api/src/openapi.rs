@@ -35,6 +35,8 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
     servers((url = "http://localhost/api/v1", description = "Over the socket of --api-socket")),
+    // Who can open the socket may do everything.
+    security(()),
     tags(
         (name = "vmm", description = "The process"),
         (name = "vm", description = "The virtual machine"),

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //!  inherited descriptors → log → config file → event monitor (a FIFO waits for its reader)
-//!  → API socket → signals blocked → VMM thread → signal thread → filter of the main thread
+//!  → signals blocked → API socket → VMM thread → signal thread → filter of the main thread
 //!  → requests … VMM thread has ended → answers in flight → socket removed
 //! ```
 //! Signals keep their default action until nothing waits for others any more, so that SIGTERM
-//! ends a process whose FIFO nobody reads. They are blocked before any thread is spawned, and the
-//! main thread's filter is installed after all are.
+//! ends a process whose FIFO nobody reads; from when there is a socket to remove they are blocked,
+//! and heard by a thread of their own. The main thread's filter is installed after all threads
+//! are spawned.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -87,6 +88,7 @@ struct Prepared {
     events: Events,
     monitor: Option<EventMonitor>,
     socket: Option<ApiSocket>,
+    signals: BlockedSignals,
     config: Option<(PathBuf, VmConfig)>,
     seccomp: SeccompMode,
     exit_on_power_off: bool,
@@ -122,6 +124,9 @@ impl Prepared {
             Some(monitor) => Some(monitor),
             None => monitor.map(open_monitor).transpose()?,
         };
+        // From here on there is something to tidy up.
+        let signals = BlockedSignals::block(&[libc::SIGTERM, libc::SIGINT])
+            .map_err(StartError::host("blocking signals"))?;
         let socket = match inherited_socket {
             Some(socket) => Some(socket),
             None => api.map(open_socket).transpose()?,
@@ -130,6 +135,7 @@ impl Prepared {
             events,
             monitor,
             socket,
+            signals,
             config,
             seccomp: arguments.seccomp,
             exit_on_power_off: !arguments.no_shutdown,
@@ -138,8 +144,8 @@ impl Prepared {
 
     /// Starts the threads and serves until the end.
     fn serve(self) -> Result<ExitCode, StartError> {
-        let signals = BlockedSignals::block(&[libc::SIGTERM, libc::SIGINT])
-            .map_err(StartError::host("blocking signals"))?;
+        // Its file goes whenever this function is left.
+        let socket = self.socket;
         let filter = Filter::compile("main", self.seccomp, &[COMMON, sandbox::MAIN])?;
         self.events.emit("vmm", "starting", &[]);
         let last_words = self.monitor.as_ref().map(EventMonitor::duplicate);
@@ -151,13 +157,12 @@ impl Prepared {
             exit_on_power_off: self.exit_on_power_off,
         };
         let handle = vmm::vmm::start(options, self.events.clone())?;
-        spawn_signal_thread(signals, self.seccomp, handle.clone())?;
+        spawn_signal_thread(self.signals, self.seccomp, handle.clone())?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
             .build()
             .map_err(StartError::host("starting the event loop"))?;
-        let socket = self.socket;
         let (config, monitor) = (self.config, self.monitor);
         let code = runtime.block_on(async {
             let listener = socket
@@ -178,9 +183,6 @@ impl Prepared {
             }
             Ok::<_, StartError>(code)
         })?;
-        if let Some(socket) = socket {
-            socket.remove();
-        }
         Ok(code)
     }
 }
@@ -212,10 +214,13 @@ fn spawn_signal_thread(
         .name(name.to_owned())
         .spawn(move || {
             let result = filter.install();
-            let go = result.is_ok();
+            let failed = result.is_err();
             // The spawner waits for this, so it is there to hear it.
             let _ = installed.send(result);
-            while go {
+            if failed {
+                return;
+            }
+            loop {
                 match signals.wait() {
                     Ok(signal) => {
                         tracing::info!(signal, "told to end");

@@ -9,7 +9,9 @@ use devices::sandbox::{Allow, COMMON, Test};
 
 /// The main thread, beside [`devices::sandbox::COMMON`].
 pub const MAIN: &[Allow] = {
-    use libc::{EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, SOCK_CLOEXEC, SOCK_NONBLOCK};
+    use libc::{
+        AT_FDCWD, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    };
     &[
         allow!(accept4, 3 => Test::Is((SOCK_CLOEXEC | SOCK_NONBLOCK) as u32)),
         allow!(epoll_ctl, 1 => Test::Is(EPOLL_CTL_ADD as u32)),
@@ -23,10 +25,9 @@ pub const MAIN: &[Allow] = {
         // Answers: only to whom is connected already.
         allow!(sendto, 4 => Test::IsQword(0)),
         allow!(shutdown),
-        // The API socket and its lock, at the end.
-        allow!(newfstatat),
-        allow!(unlink),
-        allow!(unlinkat),
+        // The API socket and its lock, at the end: whether it is still ours, and away.
+        allow!(newfstatat, 0 => Test::Is(AT_FDCWD as u32)),
+        allow!(unlinkat, 0 => Test::Is(AT_FDCWD as u32), 2 => Test::Is(0)),
     ]
 };
 

@@ -1,4 +1,4 @@
-//! The listening socket: made under a lock, removed at the end.
+//! The listening socket: made under a lock, removed when dropped.
 //!
 //! ```text
 //!  PATH.lock ── flock ──► who holds it may replace a stale PATH, and removes both at its end
@@ -51,7 +51,7 @@ pub enum SocketError {
     },
 }
 
-/// The API's listening socket.
+/// The API's listening socket; its file goes when it is dropped.
 #[derive(Debug)]
 pub struct ApiSocket {
     listener: UnixListener,
@@ -84,18 +84,6 @@ impl ApiSocket {
         let listener = self.listener.try_clone()?;
         listener.set_nonblocking(true)?;
         Ok(listener)
-    }
-
-    /// Removes the socket and its lock, if the process made them.
-    pub fn remove(self) {
-        let Some(files) = self.files else { return };
-        let ours = stat(&files.socket).is_ok_and(|stat| stat.st_ino == files.inode);
-        if ours && let Err(error) = unlink(&files.socket) {
-            tracing::warn!(%error, path = %files.socket.display(), "the socket stays behind");
-        }
-        // Still under the lock, so nobody can have taken it in between; who has opened the file
-        // already finds out that it is not the one at the path any more.
-        let _ = unlink(&files.lock);
     }
 
     fn adopt(number: i32) -> Result<Self, SocketError> {
@@ -140,6 +128,20 @@ impl ApiSocket {
                 _lock: lock,
             }),
         })
+    }
+}
+
+impl Drop for ApiSocket {
+    /// Removes the socket and its lock, if the process made them.
+    fn drop(&mut self) {
+        let Some(files) = &self.files else { return };
+        let ours = stat(&files.socket).is_ok_and(|stat| stat.st_ino == files.inode);
+        if ours && let Err(error) = unlink(&files.socket) {
+            tracing::warn!(%error, path = %files.socket.display(), "the socket stays behind");
+        }
+        // Still under the lock, so nobody can have taken it in between; who has opened the file
+        // already finds out that it is not the one at the path any more.
+        let _ = unlink(&files.lock);
     }
 }
 
@@ -234,7 +236,7 @@ mod tests {
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         UnixStream::connect(&path).unwrap();
-        socket.remove();
+        drop(socket);
         assert_eq!(names(&directory), 0);
     }
 
@@ -245,7 +247,7 @@ mod tests {
         assert!(path.exists());
         let socket = ApiSocket::bind(&path).unwrap();
         UnixStream::connect(&path).unwrap();
-        socket.remove();
+        drop(socket);
         assert!(!path.exists());
     }
 
@@ -254,7 +256,7 @@ mod tests {
         let (_directory, path) = directory();
         let first = ApiSocket::bind(&path).unwrap();
         assert!(matches!(ApiSocket::bind(&path), Err(SocketError::InUse(_))));
-        first.remove();
+        drop(first);
         let foreign = UnixListener::bind(&path).unwrap();
         assert!(matches!(ApiSocket::bind(&path), Err(SocketError::InUse(_))));
         UnixStream::connect(&path).unwrap();
@@ -278,7 +280,7 @@ mod tests {
         let socket = ApiSocket::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let other = UnixListener::bind(&path).unwrap();
-        socket.remove();
+        drop(socket);
         UnixStream::connect(&path).unwrap();
         drop(other);
     }

@@ -6,6 +6,7 @@
 //! - `examples` of a schema is a list in 3.1, and one `example` in 3.0;
 //! - `const` is an `enum` of one in 3.0;
 //! - an exclusive bound is a number in 3.1, and a boolean beside the bound in 3.0;
+//! - what a map's keys look like can be said in 3.1 only;
 //! - a license has an `identifier` in 3.1 only.
 
 use serde_json::{Map, Value, json};
@@ -86,8 +87,8 @@ fn convert(schema: &mut Map<String, Value>) {
     {
         schema.entry("example").or_insert(first);
     }
-    // In 3.0 any content is what no type means.
-    schema.remove("$schema");
+    // Maps have strings for keys anyhow.
+    schema.remove("propertyNames");
     for (exclusive, inclusive) in [
         ("exclusiveMinimum", "minimum"),
         ("exclusiveMaximum", "maximum"),
@@ -128,6 +129,9 @@ fn convert_type(schema: &mut Map<String, Value>) {
 }
 
 /// A null among the alternatives becomes `nullable: true`; a single one left moves out of them.
+///
+/// 3.0 allows `nullable` only beside a `type`, so a reference loses its null: what is optional can
+/// be left out instead.
 fn convert_union(schema: &mut Map<String, Value>, union: &str) {
     let Some(Value::Array(alternatives)) = schema.get(union).cloned() else {
         return;
@@ -139,7 +143,9 @@ fn convert_union(schema: &mut Map<String, Value>, union: &str) {
         return;
     }
     schema.remove(union);
-    schema.insert("nullable".to_owned(), Value::Bool(true));
+    if others.iter().all(|other| other.get("type").is_some()) {
+        schema.insert("nullable".to_owned(), Value::Bool(true));
+    }
     if let [Value::Object(only)] = others.as_slice() {
         for (key, value) in only {
             schema.entry(key.clone()).or_insert_with(|| value.clone());
@@ -166,11 +172,11 @@ mod tests {
         );
         assert_eq!(
             schema(json!({"oneOf": [{"$ref": "#/x", "description": "d"}, {"type": "null"}]})),
-            json!({"allOf": [{"$ref": "#/x"}], "description": "d", "nullable": true})
+            json!({"allOf": [{"$ref": "#/x"}], "description": "d"})
         );
         assert_eq!(
             schema(json!({"oneOf": [{"$ref": "#/x"}, {"type": "null"}]})),
-            json!({"allOf": [{"$ref": "#/x"}], "nullable": true})
+            json!({"$ref": "#/x"})
         );
     }
 

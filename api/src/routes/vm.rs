@@ -91,6 +91,8 @@ pub async fn info(State(handle): State<Handle>) -> Result<Response, ApiError> {
 }
 
 /// Count what the devices have done
+///
+/// Totals since the VM was booted, for every device that counts.
 #[utoipa::path(
     get, path = "/vm.counters", operation_id = "getVmCounters", tag = "vm",
     responses((
@@ -129,6 +131,8 @@ pub async fn shutdown(State(handle): State<Handle>, _: NoBody) -> Result<StatusC
 }
 
 /// Pull the plug and start again
+///
+/// The guest is not asked. The process and the configuration stay.
 #[utoipa::path(
     put, path = "/vm.reboot", operation_id = "rebootVm", tag = "vm",
     responses((status = 204, description = "The VM runs afresh.")),
@@ -138,6 +142,8 @@ pub async fn reboot(State(handle): State<Handle>, _: NoBody) -> Result<StatusCod
 }
 
 /// Stop vCPUs and devices
+///
+/// Requests of the guest's drivers that are in flight are finished first.
 #[utoipa::path(
     put, path = "/vm.pause", operation_id = "pauseVm", tag = "vm",
     responses((status = 204, description = "vCPUs and devices stand still.")),
@@ -147,6 +153,8 @@ pub async fn pause(State(handle): State<Handle>, _: NoBody) -> Result<StatusCode
 }
 
 /// Let a paused VM go on
+///
+/// Undoes `vm.pause`.
 #[utoipa::path(
     put, path = "/vm.resume", operation_id = "resumeVm", tag = "vm",
     responses((status = 204, description = "The VM runs.")),
@@ -167,6 +175,8 @@ pub async fn power_button(State(handle): State<Handle>, _: NoBody) -> Result<Sta
 }
 
 /// Interrupt every vCPU, unmaskably
+///
+/// What a guest does then is its own affair; Linux can be told to panic and dump.
 #[utoipa::path(
     put, path = "/vm.nmi", operation_id = "injectNmi", tag = "vm",
     responses((status = 204, description = "The interrupt was sent.")),

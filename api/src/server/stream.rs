@@ -50,8 +50,10 @@ pub struct Shared(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     descriptors: Vec<OwnedFd>,
-    /// A request's head is read and its answer is not made yet.
-    busy: bool,
+    /// Requests whose head is read.
+    begun: u64,
+    /// Requests whose answer is made.
+    ended: u64,
 }
 
 impl Shared {
@@ -62,17 +64,19 @@ impl Shared {
     /// A request's head is complete; takes the descriptors that came with it.
     pub fn request_begins(&self) -> Descriptors {
         let mut state = self.state();
-        state.busy = true;
+        state.begun += 1;
         Descriptors(Arc::new(std::mem::take(&mut state.descriptors)))
     }
 
     /// The answer to the request is made.
     pub fn request_ends(&self) {
-        self.state().busy = false;
+        self.state().ended += 1;
     }
 
-    fn is_busy(&self) -> bool {
-        self.state().busy
+    /// How many requests have begun, and whether one is not answered yet.
+    fn progress(&self) -> (u64, bool) {
+        let state = self.state();
+        (state.begun, state.begun != state.ended)
     }
 
     fn keep(&self, descriptor: OwnedFd) {
@@ -88,8 +92,8 @@ pub struct Stream {
     socket: UnixStream,
     shared: Shared,
     head_timeout: Duration,
-    /// Runs while a request's head is incomplete.
-    deadline: Option<Pin<Box<Sleep>>>,
+    /// Runs while a request's head is incomplete: how many had begun when it was set.
+    deadline: Option<(u64, Pin<Box<Sleep>>)>,
     /// Our own answer in place of hyper's, as far as it is not written yet.
     own: Vec<u8>,
     /// The last write took only a part, so the next one does not begin with a message.
@@ -128,12 +132,15 @@ impl Stream {
 
     /// Ready with an error when a head has been incomplete for too long.
     fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        if self.shared.is_busy() {
-            self.deadline = None;
-        }
-        let Some(deadline) = &mut self.deadline else {
+        let (begun, _) = self.shared.progress();
+        let Some((before, deadline)) = &mut self.deadline else {
             return Poll::Pending;
         };
+        if *before != begun {
+            // The head is complete.
+            self.deadline = None;
+            return Poll::Pending;
+        }
         ready!(deadline.as_mut().poll(cx));
         Poll::Ready(io::Error::new(
             io::ErrorKind::TimedOut,
@@ -157,13 +164,13 @@ impl AsyncRead for Stream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let length = buffer.remaining().min(READ_MAX);
-        let unfilled = buffer.initialize_unfilled_to(length);
         let received = loop {
             match self.socket.poll_read_ready(cx) {
                 Poll::Pending => return self.poll_deadline(cx).map(Err),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Ready(Ok(())) => {}
             }
+            let unfilled = buffer.initialize_unfilled_to(length);
             let attempt = self
                 .socket
                 .try_io(Interest::READABLE, || self.receive(unfilled));
@@ -174,10 +181,17 @@ impl AsyncRead for Stream {
             }
         };
         buffer.advance(received);
-        if self.shared.is_busy() || received == 0 {
+        let (begun, busy) = self.shared.progress();
+        if busy || received == 0 {
+            // A body, or the end.
             self.deadline = None;
-        } else if self.deadline.is_none() {
-            self.deadline = Some(Box::pin(tokio::time::sleep(self.head_timeout)));
+        } else if self
+            .deadline
+            .as_ref()
+            .is_none_or(|(before, _)| *before != begun)
+        {
+            let sleep = tokio::time::sleep(self.head_timeout);
+            self.deadline = Some((begun, Box::pin(sleep)));
         }
         Poll::Ready(Ok(()))
     }
