@@ -47,7 +47,7 @@ fn several_disks_at_once_are_all_found_and_all_let_go() {
         let device_tree = vm.api.get("vm.info")["device_tree"].clone();
         for (n, id) in ids.iter().enumerate() {
             assert!(
-                device_tree[id]["pci_bdf"].is_string(),
+                device_tree[transport(id)]["pci_bdf"].is_string(),
                 "{id} in {device_tree}"
             );
             let device = vm.disk_in_guest(&format!("s{n}"));
@@ -161,9 +161,14 @@ fn disk_ids(vm: &mut Vm) -> Vec<String> {
         .collect()
 }
 
+/// The node of the device's PCI function, which is the one that comes and goes.
+fn transport(id: &str) -> String {
+    format!("_virtio-pci-{id}")
+}
+
 /// `removal` of a device, as `vm.info` shows it.
 fn removal(vm: &mut Vm, id: &str) -> Value {
-    vm.api.get("vm.info")["device_tree"][id]["removal"].clone()
+    vm.api.get("vm.info")["device_tree"][transport(id)]["removal"].clone()
 }
 
 #[test]
@@ -256,7 +261,7 @@ fn devices_of_the_machine_stay() {
     let mut vm = Vm::boot(|_, _| {});
     let tree = vm.api.get("vm.info")["device_tree"].clone();
     let ids: Vec<String> = tree.as_object().expect("a tree").keys().cloned().collect();
-    for id in ids.iter().filter(|id| id.starts_with("__")) {
+    for id in ids.iter().filter(|id| id.starts_with('_')) {
         vm.api
             .try_put_json("vm.remove-device", &json!({"id": id}))
             .expect_refusal(id);

@@ -144,21 +144,6 @@ fn a_guest_boots_without_a_serial_port() {
 }
 
 #[test]
-fn the_debug_port_takes_bytes_of_its_own() {
-    let ballast = Ballast::start();
-    let mut config = config(ballast.dir());
-    let file = ballast.path("debug.txt");
-    // The guest's init marks its progress on port 0x80.
-    config["debug_console"] = json!({"mode": "File", "file": file});
-    let mut api = ballast.api();
-    api.put_json("vm.create", &config);
-    api.put("vm.boot");
-    let agent = Agent::on_socket(&ballast.path("serial.sock"));
-    agent.wait_ready();
-    assert!(file.exists());
-}
-
-#[test]
 fn megabytes_of_output_arrive_whole() {
     let vm = Vm::boot(|_, _| {});
     let count = 20_000;

@@ -165,6 +165,7 @@ fn a_config_file_creates_and_boots_the_vm() {
         "memory": {"size": 64 << 20},
         "payload": {"kernel": payload::sleeper(launch.path("x").parent().unwrap())},
         "serial": {"mode": "File", "file": launch.path("serial")},
+        "debug_console": {"mode": "File", "file": launch.path("debug")},
     });
     let path = launch.path("vm.json");
     fs::write(&path, config.to_string()).unwrap();
@@ -174,10 +175,12 @@ fn a_config_file_creates_and_boots_the_vm() {
         let answer = ballast.api().request("GET", "vm.info", None);
         (answer.status == 200 && answer.json()["state"] == "Running").then_some(())
     });
-    eventually("the guest's greeting", || {
-        let text = fs::read_to_string(ballast.path("serial")).ok()?;
-        (text == payload::GREETING).then_some(())
-    });
+    for port in ["serial", "debug"] {
+        eventually("the guest's greeting", || {
+            let text = fs::read_to_string(ballast.path(port)).ok()?;
+            (text == payload::GREETING).then_some(())
+        });
+    }
     ballast.signal(Signal::TERM);
     ballast.wait_for_clean_end();
 }

@@ -2,17 +2,18 @@
 //! even a KVM that cannot run a kernel is at hand.
 //!
 //! The file is an ELF of one segment and one note: the PVH entry point, 32-bit protected mode
-//! without paging. One byte of it tells that it runs, then it does nothing, for ever:
+//! without paging. One byte tells that it runs, then it does nothing, for ever:
 //!
 //! ```text
 //!   mov dx, 0x3f8; mov al, '!'; out dx, al     COM1
+//!   out 0xe9, al                               the debug port
 //!   cli; 1: hlt; jmp 1b
 //! ```
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What the guest writes to its serial port.
+/// What the guest writes to its serial port, and to its debug port.
 pub const GREETING: &str = "!";
 
 /// Where the code goes, and starts.
@@ -25,6 +26,7 @@ const SLEEP: &[u8] = &[
     0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
     0xb0, b'!', // mov al, '!'
     0xee, // out dx, al
+    0xe6, 0xe9, // out 0xe9, al
     0xfa, // cli
     0xf4, // hlt
     0xeb, 0xfd, // jmp to the hlt
