@@ -6,6 +6,8 @@
 #   repo_root              the top folder of this checkout
 #   cache_dir              where guest artifacts live ($BALLAST_CACHE, or target/guest)
 #   lab_dir                where the lab host's kernel lives
+#   target_dir             where cargo puts what it builds
+#   need_cargo             end unless Rust can be built here; a linker is installed
 #   need PACKAGE…          install Debian/Ubuntu packages that are missing
 #   fetch_packages DIR P…  download and unpack packages without installing them
 #   newest_kernel META…    the kernel package the first known META package points to
@@ -26,6 +28,14 @@ repo_root() { dirname "$ballast_scripts"; }
 cache_dir() { printf '%s\n' "${BALLAST_CACHE:-$(repo_root)/target/guest}"; }
 
 lab_dir() { printf '%s\n' "${BALLAST_CACHE:-$(repo_root)/target}/lab"; }
+
+target_dir() { printf '%s\n' "${CARGO_TARGET_DIR:-$(repo_root)/target}"; }
+
+# rustc links with the C compiler, which a toolchain from rustup does not bring.
+need_cargo() {
+    command -v cargo >/dev/null || die "needs a Rust toolchain: see https://rustup.rs"
+    command -v cc >/dev/null || need gcc libc6-dev
+}
 
 # apt, unable to ask anything: no terminal, no debconf, no restart prompts.
 # Recommends are left out: QEMU alone would pull in a desktop's worth of them.

@@ -41,11 +41,16 @@ impl Launch {
 
     /// The binary without arguments.
     pub fn bare() -> Self {
+        Self::of(Path::new(binary()))
+    }
+
+    /// Another build of the binary, without arguments.
+    pub fn of(binary: &Path) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("ballast-")
             .tempdir_in("/tmp")
             .expect("a folder in /tmp");
-        let mut command = Command::new(binary());
+        let mut command = Command::new(binary);
         command
             .stdin(Stdio::null())
             .stdout(File::create(dir.path().join("stdout")).expect("stdout"))
