@@ -10,8 +10,8 @@ use devices::config::Invalid;
 use devices::event::{DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
 use devices::legacy::{
-    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugPort, I8042, I8042_PORTS, PM_TIMER_PORTS,
-    PmTimer, SERIAL_PORTS, SerialDevice,
+    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugConsoleConfig, DebugPort, I8042, I8042_PORTS,
+    PM_TIMER_PORTS, PmTimer, SERIAL_PORTS, SerialDevice,
 };
 use devices::pci::bus::{PORTS, PciBus};
 use devices::pci::hotplug::{HOTPLUG_PORTS, PciHotplug};
