@@ -192,7 +192,8 @@ impl Vm {
     }
 }
 
-/// The tables that describe the machine to the guest; says where the ACPI ones begin.
+/// What a firmware would leave in memory: the tables that describe the machine, and the way to
+/// restart it. Says where the ACPI tables begin.
 fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error> {
     // 64 vCPUs never get beyond the ids that need an x2APIC, however they are arranged.
     let apic_ids = (0..config.cpus.boot_vcpus)
@@ -201,6 +202,7 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
         .map_err(|e| Error::host("describing the vCPUs to the guest", e))?;
     let platform = config.platform.clone().unwrap_or_default();
     boot::smbios::write_tables(ram, &platform)?;
+    boot::reset_vector::write(ram)?;
     let machine = acpi::Machine {
         apic_ids: &apic_ids,
         serial: config.serial.mode != ConsoleMode::Off,
