@@ -63,11 +63,13 @@ impl PciCommon {
     /// Checks the rules of [`PciCommon`].
     pub fn validate(&self) -> Result<(), Invalid> {
         if let Some(id) = &self.id
-            && (id.is_empty() || id.starts_with("__") || id.len() > 255)
+            && (!(1..=255).contains(&id.len())
+                || id.starts_with("__")
+                || id.contains(char::is_control))
         {
             return Err(Invalid::new(
                 "id",
-                "must have 1 to 255 bytes and must not start with `__`",
+                "must have 1 to 255 bytes, no control characters, and must not start with `__`",
             ));
         }
         if self.pci_segment != 0 {
@@ -216,6 +218,25 @@ impl DeviceConfig {
         match self {
             Self::Disk(config) => Ok(Arc::new(Block::new(config, context)?)),
             Self::Rng(config) => Ok(Arc::new(Rng::new(config, context)?)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_that_can_not_name_a_thread_is_refused() {
+        let with_id = |id: &str| PciCommon {
+            id: Some(id.to_owned()),
+            ..PciCommon::default()
+        };
+        for id in ["", "__rng", "a\0b", "a\nb", "\u{7f}", &"a".repeat(256)] {
+            assert_eq!(with_id(id).validate().unwrap_err().field, "id", "{id:?}");
+        }
+        for id in ["disk", "NIC//name", "_disk0", "a \"b\" é"] {
+            with_id(id).validate().unwrap();
         }
     }
 }

@@ -119,7 +119,8 @@ impl Worker {
         };
         let (installed, outcome) = channel();
         let thread = std::thread::Builder::new()
-            .name(name.chars().take(15).collect())
+            // A zero byte in a name would be a panic.
+            .name(name.replace('\0', "").chars().take(15).collect())
             .spawn(move || {
                 let result = filter.install();
                 let go = result.is_ok();

@@ -68,7 +68,8 @@ pub enum Operation {
         /// Complete only when the data would survive a power cut.
         durable: bool,
     },
-    /// Make all that has been completed survive a power cut; has no range.
+    /// Make all that has been completed survive a power cut; has no range. After one through the
+    /// page cache that failed all others fail too, until the image is opened anew.
     Flush,
     /// Give its space back to the host; what it then reads is not promised. A hint: no error where
     /// the host can't.

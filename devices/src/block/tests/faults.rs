@@ -150,3 +150,16 @@ fn a_disk_paused_or_reset_while_throttled_does_not_hang() {
     disk.driver.activate(worker, 0);
     assert_eq!(disk.flush(), OK);
 }
+
+#[test]
+fn a_disk_whose_id_has_a_zero_byte_ends_no_process() {
+    let image = image();
+    let mut config = config(&image, PLAIN);
+    config.common.id = Some("a\0b".into());
+    let reporter = Reporter::new("a\0b", Arc::new(|_, _| {}));
+    let context = BuildContext {
+        reporter,
+        seccomp: SeccompMode::Enforce,
+    };
+    Block::new(&config, context).unwrap();
+}

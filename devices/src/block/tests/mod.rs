@@ -4,6 +4,7 @@
 pub(crate) mod driver;
 mod faults;
 mod io;
+mod load;
 mod malicious;
 
 use std::fs::File;

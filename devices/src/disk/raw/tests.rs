@@ -255,6 +255,48 @@ impl Drop for Loop {
     }
 }
 
+/// A flush of an image through the page cache or not, to which the host kernel says `result`.
+fn flush(host: &Host, result: Result<usize, Errno>) -> io::Result<()> {
+    use super::job::{After, Job, Step};
+    let request = Request {
+        tag: 0,
+        operation: Operation::Flush,
+        offset: 0,
+        length: 0,
+        buffers: Buffers::default(),
+    };
+    let mut job = match Job::new(request, host) {
+        Ok(job) => job,
+        Err(refused) => return refused.result,
+    };
+    assert_eq!(job.step(), Some(Step::Sync));
+    match job.finished(result, host) {
+        After::Done(result) => result,
+        After::Next => panic!("a flush has one step"),
+    }
+}
+
+#[test]
+fn after_a_failed_flush_through_the_page_cache_none_succeeds_any_more() {
+    for (direct, later) in [(false, Some(libc::EIO)), (true, None)] {
+        let host = Host {
+            file: Arc::new(tempfile::tempfile().unwrap()),
+            direct_memory_align: direct.then_some(512),
+            logical_block: 512,
+            block_device: false,
+            no_punch_hole: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+            lost: AtomicI32::new(0),
+        };
+        flush(&host, Ok(0)).unwrap();
+        let first = flush(&host, Err(Errno::IO)).unwrap_err();
+        assert_eq!(first.raw_os_error(), Some(libc::EIO));
+        // The kernel tells each error once, and has forgotten the data.
+        let second = flush(&host, Ok(0)).err();
+        assert_eq!(second.and_then(|e| e.raw_os_error()), later, "{direct}");
+    }
+}
+
 #[test]
 fn a_block_device_is_a_disk_like_any_other() {
     for block in [512_u32, 4096] {

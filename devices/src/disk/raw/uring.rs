@@ -394,7 +394,7 @@ impl Drop for UringQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicI32};
 
     use super::*;
 
@@ -409,6 +409,7 @@ mod tests {
             block_device: false,
             no_punch_hole: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
+            lost: AtomicI32::new(0),
         });
         let mut queue = match UringQueue::new(host, 4) {
             Ok(queue) => queue,
