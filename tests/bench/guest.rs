@@ -218,32 +218,25 @@ impl Drop for Killed {
 fn watch_boot(agent: &Agent) -> Boot {
     agent.wait_ready();
     let ready = Instant::now();
-    // /proc/uptime, as the guest's init printed it the moment before.
-    let transcript = agent.transcript();
-    let guest_ready = seconds_after(&transcript, "\nballast: up ");
-    // "[    0.123456] printk: console [ttyS0] enabled": from then on there is output.
     let log = agent.ok("dmesg");
-    let enabled = log
-        .lines()
-        .find(|line| line.contains("console [ttyS0] enabled"))
-        .expect("the guest's log says when its console was enabled");
+    // "[    0.123456] printk: console [ttyS0] enabled": from then on there is output.
+    let guest_time = |what: &str| {
+        let line = log.lines().find(|line| line.contains(what));
+        line.and_then(seconds)
+            .unwrap_or_else(|| panic!("the guest's log does not tell of `{what}`"))
+    };
     Boot {
         first_output: agent.first_byte().expect("the guest printed something"),
         ready,
-        guest_first_output: seconds_after(enabled, "["),
-        guest_ready,
+        guest_first_output: guest_time("console [ttyS0] enabled"),
+        guest_ready: guest_time("ballast: ready"),
     }
 }
 
-/// The number of seconds that follows `mark`.
-fn seconds_after(text: &str, mark: &str) -> Duration {
-    let (_, rest) = text.split_once(mark).expect(mark);
-    let number: String = rest
-        .trim_start()
-        .chars()
-        .take_while(|c| c.is_ascii_digit() || *c == '.')
-        .collect();
-    Duration::from_secs_f64(number.parse().expect("a number of seconds"))
+/// The time at the start of a line of the kernel's log.
+fn seconds(line: &str) -> Option<Duration> {
+    let (time, _) = line.strip_prefix('[')?.split_once(']')?;
+    Duration::try_from_secs_f64(time.trim().parse().ok()?).ok()
 }
 
 /// Plugs a disk into one guest and out again: from the answer until a loop in the guest has seen
