@@ -7,6 +7,7 @@ mod hostile;
 mod io;
 mod load;
 mod malicious;
+mod model;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
