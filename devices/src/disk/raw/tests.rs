@@ -198,6 +198,36 @@ fn reads_past_the_end_fail_and_holes_read_as_zeroes() {
 }
 
 #[test]
+fn a_completion_wakes_the_thread_once() {
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+    let mut engine = engine(&folder(), false, true);
+    let Some(descriptor) = engine.queue.descriptor() else {
+        return;
+    };
+    let epoll = Epoll::new().unwrap();
+    epoll
+        .ctl(
+            ControlOperation::Add,
+            descriptor,
+            EpollEvent::new(EventSet::IN, 0),
+        )
+        .unwrap();
+    let readable = |ms| epoll.wait(ms, &mut [EpollEvent::default()]).unwrap() == 1;
+    for _ in 0..100 {
+        let request = engine.request(0, Operation::Read, 0, 4096);
+        engine.queue.push(request);
+        engine.queue.start().unwrap();
+        let mut completed = Vec::new();
+        while completed.is_empty() {
+            assert!(readable(20_000), "it was never told");
+            engine.queue.acknowledge();
+            engine.queue.poll(&mut completed).unwrap();
+        }
+        assert!(!readable(0), "it would be woken for nothing");
+    }
+}
+
+#[test]
 fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
     for _ in 0..50 {
         let mut engine = engine(&folder(), false, true);
