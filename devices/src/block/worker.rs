@@ -9,7 +9,8 @@
 //! ```
 //!
 //! While the queue is being served the driver is told not to ring. Nothing here is allocated per
-//! request, and the only lock is the rate limiter's, where there is one: a disk's queues share it.
+//! request, unless it is in very many pieces, and the only lock is the rate limiter's, where there
+//! is one: a disk's queues share it.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};

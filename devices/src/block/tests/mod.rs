@@ -3,6 +3,7 @@
 
 pub(crate) mod driver;
 mod faults;
+mod hostile;
 mod io;
 mod load;
 mod malicious;
