@@ -96,6 +96,10 @@ impl Vmm {
                 break;
             }
         }
+        // Before the end is told and the process may exit: consoles write out what they hold, give
+        // the terminal its mode back and remove their sockets.
+        self.created = None;
+        self.publish();
         self.emit("vmm", "shutdown", &[]);
         self.endpoint.ended.send_replace(true);
     }
@@ -364,3 +368,6 @@ impl Vmm {
         self.publish();
     }
 }
+
+#[cfg(test)]
+mod tests;

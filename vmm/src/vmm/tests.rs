@@ -1,0 +1,151 @@
+//! The whole VMM thread inside its real filter, over guests of a few instructions.
+
+use std::future::Future;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::{Barrier, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use devices::block::DiskConfig;
+use serde_json::json;
+use tempfile::NamedTempFile;
+use tokio::sync::broadcast::Receiver;
+
+use super::*;
+use crate::boot::test_payload::{elf, file};
+use crate::event::Event;
+
+/// cli; hlt for ever.
+const SLEEP: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
+/// Resets the machine through the keyboard controller.
+const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+/// Enters S5 through the sleep control register.
+const POWER_OFF: &[u8] = &[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4, 0xeb, 0xfd];
+/// Ejects what is in slot 31 for ever.
+const EJECT_31: &[u8] = &[
+    0x66, 0xba, 0x08, 0xae, 0xb8, 0x00, 0x00, 0x00, 0x80, 0xef, 0xeb, 0xfd,
+];
+/// Jumps to where there is nothing to execute.
+const LOST: &[u8] = &[0xe9, 0xfb, 0xff, 0xef, 0xcf];
+
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return value;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        assert!(!left.is_zero(), "waited in vain");
+        std::thread::park_timeout(left);
+    }
+}
+
+/// A VMM with its thread; it ends when the test is over.
+struct Tested {
+    handle: Handle,
+    events: Receiver<Event>,
+    kernel: NamedTempFile,
+}
+
+impl Drop for Tested {
+    fn drop(&mut self) {
+        self.handle.terminate();
+        wait(self.handle.ended());
+    }
+}
+
+/// A VMM; `None` (and a remark) where there is no KVM.
+fn vmm(code: &[u8], exit_on_power_off: bool) -> Option<Tested> {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("SKIPPED: there is no /dev/kvm");
+        return None;
+    }
+    let events = Events::new(Instant::now());
+    let listener = events.subscribe();
+    let options = Options {
+        seccomp: SeccompMode::default(),
+        exit_on_power_off,
+    };
+    Some(Tested {
+        handle: start(options, events).unwrap(),
+        events: listener,
+        kernel: file(&elf(code)),
+    })
+}
+
+impl Tested {
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Error> {
+        wait(self.handle.request(command))
+    }
+
+    fn config(&self) -> VmConfig {
+        let config = json!({
+            "memory": {"size": 16 << 20},
+            "payload": {"kernel": self.kernel.path()},
+        });
+        serde_json::from_value(config).unwrap()
+    }
+
+    fn create(&self, config: VmConfig) -> Result<(), Error> {
+        let config = Box::new(config);
+        self.ask(|reply| Command::Create { config, reply })
+    }
+
+    fn boot(&self) {
+        self.create(self.config()).unwrap();
+        self.ask(|reply| Command::Boot { reply }).unwrap();
+    }
+
+    fn state(&self) -> Option<State> {
+        self.handle.status().map(|info| info.state)
+    }
+
+    /// The names of the events up to and with `last`.
+    fn events_until(&mut self, last: &str) -> Vec<&'static str> {
+        let mut names = Vec::new();
+        while names.last() != Some(&last) {
+            names.push(wait(self.events.recv()).unwrap().event);
+        }
+        names
+    }
+}
+
+fn image() -> NamedTempFile {
+    let image = NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    image
+}
+
+fn disk(image: &NamedTempFile, slot: Option<u8>) -> DiskConfig {
+    serde_json::from_value(json!({"path": image.path(), "pci_device_id": slot})).unwrap()
+}
+
+#[test]
+fn what_a_vm_leaves_on_the_host_is_tidied_up_before_the_end_is_told() {
+    for _ in 0..10 {
+        let Some(vmm) = vmm(POWER_OFF, true) else {
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("serial");
+        let mut config = vmm.config();
+        config.serial =
+            serde_json::from_value(json!({"mode": "Socket", "socket": socket})).unwrap();
+        vmm.create(config).unwrap();
+        assert!(socket.exists());
+        vmm.ask(|reply| Command::Boot { reply }).unwrap();
+        wait(vmm.handle.ended());
+        assert!(!socket.exists());
+    }
+}
