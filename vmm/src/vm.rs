@@ -159,7 +159,10 @@ impl Vm {
             seccomp: environment.seccomp,
             sink: event_sink(environment.events.clone(), signals.clone()),
         });
-        for (field, device) in config.devices() {
+        // Who asks for a slot gets it before those that take any.
+        let mut configured = config.devices();
+        configured.sort_by_key(|(_, device)| device.common().pci_device_id.is_none());
+        for (field, device) in configured {
             let id = device.common().id.as_deref().unwrap_or(RNG_ID);
             devices.plug(id, &device).map_err(|e| e.within(&field))?;
         }

@@ -149,3 +149,26 @@ fn what_a_vm_leaves_on_the_host_is_tidied_up_before_the_end_is_told() {
         assert!(!socket.exists());
     }
 }
+
+#[test]
+fn a_device_keeps_its_slot_from_those_that_take_any() {
+    let Some(vmm) = vmm(SLEEP, false) else {
+        return;
+    };
+    let images = [image(), image(), image()];
+    let mut config = vmm.config();
+    // Any slot, which must not be the third one's; and the one that the RNG would take.
+    config.disks = vec![
+        disk(&images[0], None),
+        disk(&images[1], Some(1)),
+        disk(&images[2], Some(2)),
+    ];
+    vmm.create(config).unwrap();
+    vmm.ask(|reply| Command::Boot { reply }).unwrap();
+    let tree = vmm.handle.status().unwrap().device_tree.clone().unwrap();
+    let slot = |id: &str| tree[&format!("_virtio-pci-{id}")].pci_bdf.clone().unwrap();
+    assert_eq!(slot("_disk1"), "0000:00:01.0");
+    assert_eq!(slot("_disk2"), "0000:00:02.0");
+    assert_eq!(slot("__rng"), "0000:00:03.0");
+    assert_eq!(slot("_disk0"), "0000:00:04.0");
+}
