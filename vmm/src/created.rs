@@ -94,12 +94,17 @@ impl Created {
         self.running.as_ref().ok_or(Error::NotCreated)
     }
 
-    /// Builds the machine and starts it. On failure nothing of it stays.
-    pub fn boot(&mut self, environment: Environment) -> Result<(), Error> {
+    /// Builds the machine and starts it, or has it stand still before its first instruction. On
+    /// failure nothing of it stays.
+    pub fn boot(&mut self, environment: Environment, paused: bool) -> Result<(), Error> {
         let vm = Vm::build(&self.config, &self.consoles, environment)?;
-        vm.vcpus.resume();
+        if paused {
+            vm.devices.pause()?;
+        } else {
+            vm.vcpus.resume();
+        }
         self.running = Some(vm);
-        self.paused = false;
+        self.paused = paused;
         Ok(())
     }
 

@@ -127,7 +127,7 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Boot { reply } => {
-                let result = self.boot(Verb::Boot);
+                let result = self.boot(false);
                 self.answer(reply, result);
             }
             Command::Shutdown { reply } => {
@@ -135,7 +135,7 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Reboot { reply } => {
-                let result = self.legal(Verb::Reboot).and_then(|()| self.reboot());
+                let result = self.legal(Verb::Reboot).and_then(|()| self.reboot(false));
                 self.answer(reply, result);
             }
             Command::Pause { reply } => {
@@ -222,16 +222,16 @@ impl Vmm {
         Ok(())
     }
 
-    fn boot(&mut self, verb: Verb) -> Result<(), Error> {
+    fn boot(&mut self, paused: bool) -> Result<(), Error> {
         let environment = Environment {
             seccomp: self.options.seccomp,
             events: self.endpoint.events.clone(),
             inbox: self.endpoint.sender.clone(),
         };
         let events = self.endpoint.events.clone();
-        let created = self.created(verb)?;
+        let created = self.created(Verb::Boot)?;
         events.emit("vm", "booting", &[]);
-        match created.boot(environment) {
+        match created.boot(environment, paused) {
             Ok(()) => {
                 events.emit("vm", "booted", &[]);
                 Ok(())
@@ -251,7 +251,7 @@ impl Vmm {
     }
 
     /// Also what a reset by the guest comes to. A pending removal completes.
-    fn reboot(&mut self) -> Result<(), Error> {
+    fn reboot(&mut self, paused: bool) -> Result<(), Error> {
         self.emit("vm", "rebooting", &[]);
         let removed = self
             .created
@@ -259,7 +259,7 @@ impl Vmm {
             .map(Created::power_off)
             .unwrap_or_default();
         self.tell_removed(removed);
-        self.boot(Verb::Boot)?;
+        self.boot(paused)?;
         self.emit("vm", "rebooted", &[]);
         Ok(())
     }
@@ -329,7 +329,9 @@ impl Vmm {
         }
         if signalled.reset {
             self.emit("vm", "guest-reset", &[]);
-            if let Err(error) = self.reboot() {
+            // The guest may have done it just before it was paused.
+            let paused = self.state() == Some(State::Paused);
+            if let Err(error) = self.reboot(paused) {
                 tracing::error!(%error, "the VM could not boot again after a reset by the guest");
             }
         } else if signalled.vcpu_failed

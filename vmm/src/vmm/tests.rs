@@ -151,6 +151,23 @@ fn what_a_vm_leaves_on_the_host_is_tidied_up_before_the_end_is_told() {
 }
 
 #[test]
+fn a_guest_that_resets_itself_stays_paused_when_it_is_paused() {
+    let Some(vmm) = vmm(RESET, false) else {
+        return;
+    };
+    vmm.boot();
+    for _ in 0..5 {
+        vmm.ask(|reply| Command::Pause { reply }).unwrap();
+        for _ in 0..20 {
+            assert_eq!(vmm.state(), Some(State::Paused));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        vmm.ask(|reply| Command::Resume { reply }).unwrap();
+        std::thread::sleep(Duration::from_millis(3));
+    }
+}
+
+#[test]
 fn a_device_keeps_its_slot_from_those_that_take_any() {
     let Some(vmm) = vmm(SLEEP, false) else {
         return;
