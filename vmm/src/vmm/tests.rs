@@ -189,3 +189,20 @@ fn a_device_keeps_its_slot_from_those_that_take_any() {
     assert_eq!(slot("__rng"), "0000:00:03.0");
     assert_eq!(slot("_disk0"), "0000:00:04.0");
 }
+
+#[test]
+fn a_guest_that_keeps_ejecting_does_not_keep_a_removal_from_timing_out() {
+    let Some(mut vmm) = vmm(EJECT_31, false) else {
+        return;
+    };
+    vmm.boot();
+    let image = image();
+    let device = Box::new(DeviceConfig::Disk(disk(&image, None)));
+    let info = vmm
+        .ask(|reply| Command::AddDevice { device, reply })
+        .unwrap();
+    let id = info.id;
+    vmm.ask(|reply| Command::RemoveDevice { id, reply })
+        .unwrap();
+    vmm.events_until("device-removal-timed-out");
+}
