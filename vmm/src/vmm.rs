@@ -339,8 +339,8 @@ impl Vmm {
                 tracing::error!(%error, "the VM could not boot again after a reset by the guest");
             }
         } else if signalled.vcpu_failed
-            && let Some(created) = &mut self.created
-            && let Err(error) = created.pause()
+            && self.state() == Some(State::Running)
+            && let Err(error) = self.pause()
         {
             tracing::error!(%error, "the VM could not be paused after a vCPU failed");
         }

@@ -206,3 +206,15 @@ fn a_guest_that_keeps_ejecting_does_not_keep_a_removal_from_timing_out() {
         .unwrap();
     vmm.events_until("device-removal-timed-out");
 }
+
+#[test]
+fn a_vm_whose_vcpu_fails_is_told_to_be_paused() {
+    let Some(mut vmm) = vmm(LOST, false) else {
+        return;
+    };
+    vmm.boot();
+    let events = vmm.events_until("paused");
+    assert!(events.ends_with(&["vcpu-error", "pausing", "paused"]));
+    assert_eq!(vmm.state(), Some(State::Paused));
+    vmm.ask(|reply| Command::Reboot { reply }).unwrap();
+}
