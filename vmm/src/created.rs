@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::memory;
 use crate::state::State;
 use crate::status::{PciDeviceInfo, VmInfo};
-use crate::vm::{Environment, RNG_ID, Vm, check_debug_port};
+use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 
 /// A VM that exists.
 pub struct Created {
@@ -92,6 +92,14 @@ impl Created {
     /// The machine; the caller has checked that the state is right.
     pub fn running(&self) -> Result<&Vm, Error> {
         self.running.as_ref().ok_or(Error::NotCreated)
+    }
+
+    /// Checks that what the VM boots from is still there and fit, before it is pulled from under
+    /// a guest that runs.
+    pub fn check_payload(&self) -> Result<(), Error> {
+        open_payload(&self.config)?
+            .fits(self.config.memory.size)
+            .map_err(|e| e.within("payload"))
     }
 
     /// Builds the machine and starts it, or has it stand still before its first instruction. On

@@ -213,7 +213,8 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
     acpi::write_tables(ram, &machine)
 }
 
-fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
+/// Opens and checks what the VM boots from.
+pub fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
     let Some(payload) = &config.payload else {
         return Err(Invalid::new(
             "payload",

@@ -139,7 +139,10 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Reboot { reply } => {
-                let result = self.legal(Verb::Reboot).and_then(|()| self.reboot(false));
+                let result = self
+                    .created(Verb::Reboot)
+                    .and_then(|c| c.check_payload())
+                    .and_then(|()| self.reboot(false));
                 self.answer(reply, result);
             }
             Command::Pause { reply } => {

@@ -218,3 +218,24 @@ fn a_vm_whose_vcpu_fails_is_told_to_be_paused() {
     assert_eq!(vmm.state(), Some(State::Paused));
     vmm.ask(|reply| Command::Reboot { reply }).unwrap();
 }
+
+#[test]
+fn a_reboot_that_cannot_succeed_leaves_the_vm_running() {
+    let Some(mut vmm) = vmm(SLEEP, false) else {
+        return;
+    };
+    vmm.boot();
+    vmm.events_until("booted");
+    let kernel = std::fs::read(vmm.kernel.path()).unwrap();
+    std::fs::write(vmm.kernel.path(), "no kernel").unwrap();
+    let error = vmm.ask(|reply| Command::Reboot { reply }).unwrap_err();
+    assert!(
+        matches!(&error, Error::Invalid(invalid) if invalid.field == "payload.kernel"),
+        "{error}"
+    );
+    assert_eq!(vmm.state(), Some(State::Running));
+    std::fs::write(vmm.kernel.path(), kernel).unwrap();
+    vmm.ask(|reply| Command::Reboot { reply }).unwrap();
+    let events = vmm.events_until("rebooted");
+    assert_eq!(events, ["rebooting", "booting", "booted", "rebooted"]);
+}
