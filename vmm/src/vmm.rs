@@ -266,9 +266,15 @@ impl Vmm {
             .map(Created::power_off)
             .unwrap_or_default();
         self.tell_removed(removed);
-        self.boot(paused)?;
-        self.emit("vm", "rebooted", &[]);
-        Ok(())
+        let result = self.boot(paused);
+        // After a failure the VM is off, which clients of Cloud Hypervisor know by this name.
+        let outcome = if result.is_ok() {
+            "rebooted"
+        } else {
+            "shutdown"
+        };
+        self.emit("vm", outcome, &[]);
+        result
     }
 
     fn pause(&mut self) -> Result<(), Error> {

@@ -239,3 +239,15 @@ fn a_reboot_that_cannot_succeed_leaves_the_vm_running() {
     let events = vmm.events_until("rebooted");
     assert_eq!(events, ["rebooting", "booting", "booted", "rebooted"]);
 }
+
+#[test]
+fn a_vm_that_does_not_come_back_from_a_reset_is_told_to_be_off() {
+    let Some(mut vmm) = vmm(RESET, false) else {
+        return;
+    };
+    vmm.boot();
+    std::fs::remove_file(vmm.kernel.path()).unwrap();
+    let events = vmm.events_until("shutdown");
+    assert!(events.ends_with(&["boot-failed", "shutdown"]), "{events:?}");
+    assert_eq!(vmm.state(), Some(State::Created));
+}
