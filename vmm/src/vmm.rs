@@ -2,7 +2,8 @@
 //!
 //! Each command is one arm of [`Vmm::command`]; each thing the guest can do to the machine is one
 //! line of [`Vmm::guest`]. Whatever happens, the new status is published before the answer is
-//! given, so that a client that has its answer reads a `vm.info` that agrees with it.
+//! given and before the event tells of it, so that a client that has either reads a `vm.info` that
+//! agrees with it.
 
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -205,6 +206,12 @@ impl Vmm {
         self.endpoint.status.send_replace(status);
     }
 
+    /// Publishes what has become of the VM, then tells the event.
+    fn tell(&self, event: &'static str) {
+        self.publish();
+        self.emit("vm", event, &[]);
+    }
+
     fn emit(&self, source: &'static str, event: &'static str, properties: &[(&str, &str)]) {
         self.endpoint.events.emit(source, event, properties);
     }
@@ -238,22 +245,21 @@ impl Vmm {
         let events = self.endpoint.events.clone();
         let created = self.created(Verb::Boot)?;
         events.emit("vm", "booting", &[]);
-        match created.boot(environment, paused) {
-            Ok(()) => {
-                events.emit("vm", "booted", &[]);
-                Ok(())
-            }
+        let result = created.boot(environment, paused);
+        match &result {
+            Ok(()) => self.tell("booted"),
             Err(error) => {
-                events.emit("vm", "boot-failed", &[("reason", &error.to_string())]);
-                Err(error)
+                self.publish();
+                self.emit("vm", "boot-failed", &[("reason", &error.to_string())]);
             }
         }
+        result
     }
 
     fn shutdown(&mut self) -> Result<(), Error> {
         let removed = self.created(Verb::Shutdown)?.power_off();
         self.tell_removed(removed);
-        self.emit("vm", "shutdown", &[]);
+        self.tell("shutdown");
         Ok(())
     }
 
@@ -265,15 +271,15 @@ impl Vmm {
             .as_mut()
             .map(Created::power_off)
             .unwrap_or_default();
-        self.tell_removed(removed);
         let result = self.boot(paused);
+        self.tell_removed(removed);
         // After a failure the VM is off, which clients of Cloud Hypervisor know by this name.
         let outcome = if result.is_ok() {
             "rebooted"
         } else {
             "shutdown"
         };
-        self.emit("vm", outcome, &[]);
+        self.tell(outcome);
         result
     }
 
@@ -281,7 +287,7 @@ impl Vmm {
         self.legal(Verb::Pause)?;
         self.emit("vm", "pausing", &[]);
         self.created(Verb::Pause)?.pause()?;
-        self.emit("vm", "paused", &[]);
+        self.tell("paused");
         Ok(())
     }
 
@@ -289,21 +295,20 @@ impl Vmm {
         self.legal(Verb::Resume)?;
         self.emit("vm", "resuming", &[]);
         self.created(Verb::Resume)?.resume()?;
-        self.emit("vm", "resumed", &[]);
+        self.tell("resumed");
         Ok(())
     }
 
     fn delete(&mut self) {
-        let Some(mut created) = self.created.take() else {
+        let Some(created) = &mut self.created else {
             return;
         };
         if created.state() != State::Created {
             created.power_off();
-            self.emit("vm", "shutdown", &[]);
+            self.tell("shutdown");
         }
-        drop(created);
-        self.publish();
-        self.emit("vm", "deleted", &[]);
+        self.created = None;
+        self.tell("deleted");
     }
 
     fn add_device(&mut self, device: DeviceConfig) -> Result<PciDeviceInfo, Error> {
@@ -317,6 +322,7 @@ impl Vmm {
     }
 
     fn tell_removed(&self, removed: Vec<Removed>) {
+        self.publish();
         for device in removed {
             self.emit(
                 "vm",
@@ -361,7 +367,7 @@ impl Vmm {
         if let Some(created) = &mut self.created {
             let removed = created.power_off();
             self.tell_removed(removed);
-            self.emit("vm", "shutdown", &[]);
+            self.tell("shutdown");
         }
         self.publish();
         if self.options.exit_on_power_off {
@@ -375,12 +381,11 @@ impl Vmm {
         let Some(created) = &mut self.created else {
             return;
         };
-        for id in created.expired(Instant::now()) {
-            self.endpoint
-                .events
-                .emit("vm", "device-removal-timed-out", &[("id", &id)]);
-        }
+        let expired = created.expired(Instant::now());
         self.publish();
+        for id in expired {
+            self.emit("vm", "device-removal-timed-out", &[("id", &id)]);
+        }
     }
 }
 

@@ -167,6 +167,96 @@ fn a_guest_that_resets_itself_stays_paused_when_it_is_paused() {
     }
 }
 
+/// Holds up whoever emits an event until it has been looked at what is published then.
+struct Look {
+    handle: Handle,
+    seen: Mutex<Option<State>>,
+    turn: Barrier,
+}
+
+impl Wake for Look {
+    fn wake(self: Arc<Self>) {
+        *self.seen.lock().unwrap() = self.handle.status().map(|info| info.state);
+        self.turn.wait();
+        self.turn.wait();
+    }
+}
+
+async fn receive(mut events: Receiver<Event>) -> (Receiver<Event>, Event) {
+    let event = events.recv().await.unwrap();
+    (events, event)
+}
+
+impl Tested {
+    /// Does `act`; says what was published when each event came out of it, up to the event
+    /// `last`.
+    fn states_at_events(
+        &self,
+        last: &str,
+        act: impl FnOnce(&Self) + Send,
+    ) -> Vec<(&'static str, Option<State>)> {
+        let look = Arc::new(Look {
+            handle: self.handle.clone(),
+            seen: Mutex::default(),
+            turn: Barrier::new(2),
+        });
+        let waker = Waker::from(look.clone());
+        let mut context = Context::from_waker(&waker);
+        let mut seen = Vec::new();
+        // Each event is awaited by a receiver that stands behind all events before.
+        let listening = self.handle.events();
+        std::thread::scope(|scope| {
+            let mut next = Box::pin(receive(listening));
+            assert!(next.as_mut().poll(&mut context).is_pending());
+            scope.spawn(|| act(self));
+            loop {
+                look.turn.wait();
+                let Poll::Ready((listening, event)) = next.as_mut().poll(&mut context) else {
+                    unreachable!("it was woken");
+                };
+                seen.push((event.event, *look.seen.lock().unwrap()));
+                if event.event == last {
+                    look.turn.wait();
+                    break;
+                }
+                next = Box::pin(receive(listening));
+                assert!(next.as_mut().poll(&mut context).is_pending());
+                look.turn.wait();
+            }
+        });
+        seen
+    }
+}
+
+#[test]
+fn who_hears_that_something_has_happened_finds_it_published() {
+    use State::{Created, Paused, Running};
+    let Some(vmm) = vmm(SLEEP, false) else {
+        return;
+    };
+    vmm.create(vmm.config()).unwrap();
+    let seen = vmm.states_at_events("booted", |vmm| {
+        vmm.ask(|reply| Command::Boot { reply }).unwrap();
+    });
+    assert_eq!(seen.last(), Some(&("booted", Some(Running))), "{seen:?}");
+    let seen = vmm.states_at_events("paused", |vmm| {
+        vmm.ask(|reply| Command::Pause { reply }).unwrap();
+    });
+    assert_eq!(seen.last(), Some(&("paused", Some(Paused))), "{seen:?}");
+    let seen = vmm.states_at_events("resumed", |vmm| {
+        vmm.ask(|reply| Command::Resume { reply }).unwrap();
+    });
+    assert_eq!(seen.last(), Some(&("resumed", Some(Running))), "{seen:?}");
+    let seen = vmm.states_at_events("shutdown", |vmm| {
+        vmm.ask(|reply| Command::Shutdown { reply }).unwrap();
+    });
+    assert_eq!(seen.last(), Some(&("shutdown", Some(Created))), "{seen:?}");
+    let seen = vmm.states_at_events("deleted", |vmm| {
+        vmm.ask(|reply| Command::Delete { reply }).unwrap();
+    });
+    assert_eq!(seen.last(), Some(&("deleted", None)), "{seen:?}");
+}
+
 #[test]
 fn a_device_keeps_its_slot_from_those_that_take_any() {
     let Some(vmm) = vmm(SLEEP, false) else {
