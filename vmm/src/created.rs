@@ -18,10 +18,10 @@ use crate::config::VmConfig;
 use crate::consoles::Consoles;
 use crate::device_manager::Removed;
 use crate::error::Error;
-use crate::memory;
 use crate::state::State;
 use crate::status::{PciDeviceInfo, VmInfo};
 use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
+use crate::{cpuid, memory};
 
 /// A VM that exists.
 pub struct Created {
@@ -39,6 +39,7 @@ impl Created {
     pub fn new(mut config: VmConfig, seccomp: SeccompMode) -> Result<Self, Error> {
         config.validate()?;
         memory::check(&config.memory).map_err(|e| e.within("memory"))?;
+        config.validate_addresses(config.cpus.max_phys_bits.min(cpuid::host_phys_bits()))?;
         if let Some(payload) = &config.payload {
             let opened = Payload::open(payload).and_then(|p| p.fits(config.memory.size));
             opened.map_err(|e| e.within("payload"))?;

@@ -281,6 +281,36 @@ fn a_device_keeps_its_slot_from_those_that_take_any() {
 }
 
 #[test]
+fn ram_that_the_vcpus_cannot_address_is_refused() {
+    let config = |bits: u8, size: u64| -> VmConfig {
+        let config = json!({
+            "cpus": {"boot_vcpus": 1, "max_phys_bits": bits}, "memory": {"size": size},
+        });
+        serde_json::from_value(config).unwrap()
+    };
+    config(32, 3 << 30).validate().unwrap();
+    config(33, 7 << 30).validate().unwrap();
+    for (bits, size) in [(32, 4 << 30), (33, 8 << 30), (36, 64 << 30), (43, 8 << 40)] {
+        let error = config(bits, size).validate().unwrap_err();
+        assert!(
+            matches!(&error, Error::Invalid(invalid) if invalid.field == "memory.size"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn more_ram_than_a_slot_of_kvm_holds_is_refused_before_it_is_tried() {
+    let Some(vmm) = vmm(SLEEP, false) else {
+        return;
+    };
+    let mut config = vmm.config();
+    config.memory.size = 32 << 40;
+    let error = vmm.create(config).unwrap_err();
+    assert!(matches!(&error, Error::Invalid(_)), "{error}");
+}
+
+#[test]
 fn a_guest_that_keeps_ejecting_does_not_keep_a_removal_from_timing_out() {
     let Some(mut vmm) = vmm(EJECT_31, false) else {
         return;
