@@ -64,9 +64,9 @@ impl MemoryConfig {
                 format!("is {} bytes, must be at least 16 MiB", self.size),
             ));
         }
-        // What 46 bits of physical address leave beside the PCI hole.
-        if self.size > 32 << 40 {
-            return Err(Invalid::new("size", "must be at most 32 TiB"));
+        // A memory slot of KVM has fewer than 2^31 pages.
+        if self.size > 8 << 40 {
+            return Err(Invalid::new("size", "must be at most 8 TiB"));
         }
         let page = match (self.hugepages, self.hugepage_size) {
             (false, None) => 4096,
