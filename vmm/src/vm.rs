@@ -159,7 +159,10 @@ impl Vm {
             seccomp: environment.seccomp,
             sink: event_sink(environment.events.clone(), signals.clone()),
         });
-        for (field, device) in config.devices() {
+        // Who asks for a slot gets it before those that take any.
+        let mut configured = config.devices();
+        configured.sort_by_key(|(_, device)| device.common().pci_device_id.is_none());
+        for (field, device) in configured {
             let id = device.common().id.as_deref().unwrap_or(RNG_ID);
             devices.plug(id, &device).map_err(|e| e.within(&field))?;
         }
@@ -210,7 +213,8 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
     acpi::write_tables(ram, &machine)
 }
 
-fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
+/// Opens and checks what the VM boots from.
+pub fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
     let Some(payload) = &config.payload else {
         return Err(Invalid::new(
             "payload",
