@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::config::DeviceConfig;
 use devices::sandbox::{self, Filter, SeccompMode};
@@ -22,6 +22,10 @@ use crate::state::{State, Verb, check};
 use crate::status::PciDeviceInfo;
 use crate::syscalls;
 use crate::vm::Environment;
+
+/// The least time between two boots when it is the guest that resets itself. It may do so in an
+/// endless loop; each round costs the host the making of a machine, and five events.
+const RESET_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How the process was told to behave.
 #[derive(Clone, Copy, Debug, Default)]
@@ -350,6 +354,10 @@ impl Vmm {
             self.emit("vm", "guest-reset", &[]);
             // The guest may have done it just before it was paused.
             let paused = self.state() == Some(State::Paused);
+            let since = self.created.as_ref().and_then(Created::booted_at);
+            if let Some(wait) = since.and_then(|at| RESET_INTERVAL.checked_sub(at.elapsed())) {
+                std::thread::sleep(wait);
+            }
             if let Err(error) = self.reboot(paused) {
                 tracing::error!(%error, "the VM could not boot again after a reset by the guest");
             }

@@ -371,3 +371,17 @@ fn a_vm_that_does_not_come_back_from_a_reset_is_told_to_be_off() {
     assert!(events.ends_with(&["boot-failed", "shutdown"]), "{events:?}");
     assert_eq!(vmm.state(), Some(State::Created));
 }
+
+#[test]
+fn a_guest_that_resets_itself_in_a_loop_is_booted_ten_times_a_second_at_most() {
+    let Some(mut vmm) = vmm(RESET, false) else {
+        return;
+    };
+    vmm.boot();
+    vmm.events_until("booted");
+    let start = Instant::now();
+    for _ in 0..5 {
+        vmm.events_until("booted");
+    }
+    assert!(start.elapsed() >= Duration::from_millis(450));
+}
