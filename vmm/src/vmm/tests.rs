@@ -385,3 +385,19 @@ fn a_guest_that_resets_itself_in_a_loop_is_booted_ten_times_a_second_at_most() {
     }
     assert!(start.elapsed() >= Duration::from_millis(450));
 }
+
+#[test]
+fn an_id_that_vm_info_gives_to_another_devices_pci_function_is_taken() {
+    let config = |ids: &[&str]| -> VmConfig {
+        let disks = ids.iter().enumerate();
+        let disks: Vec<_> = disks
+            .map(|(index, id)| json!({"id": id, "path": format!("/{index}")}))
+            .collect();
+        serde_json::from_value(json!({"disks": disks})).unwrap()
+    };
+    config(&["a", "_virtio-pci-b"]).validate().unwrap();
+    for ids in [&["a", "_virtio-pci-a"][..], &["_virtio-pci-__rng"]] {
+        let error = config(ids).validate().unwrap_err();
+        assert!(matches!(&error, Error::DuplicateId { .. }), "{error}");
+    }
+}
