@@ -6,7 +6,7 @@
 //! agrees with it.
 
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use devices::config::DeviceConfig;
@@ -112,21 +112,7 @@ impl Vmm {
     /// The next message, or `None` when a deadline has passed.
     fn next_message(&self) -> Option<Message> {
         let deadline = self.created.as_ref().and_then(Created::next_deadline);
-        match deadline {
-            None => Some(self.endpoint.inbox.recv().unwrap_or(Message::Terminate)),
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    // However many messages wait: a guest can see to it that one always does.
-                    return None;
-                }
-                match self.endpoint.inbox.recv_timeout(left) {
-                    Ok(message) => Some(message),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
-                }
-            }
-        }
+        receive(&self.endpoint.inbox, deadline)
     }
 
     fn command(&mut self, command: Command) -> Flow {
@@ -394,6 +380,23 @@ impl Vmm {
         for id in expired {
             self.emit("vm", "device-removal-timed-out", &[("id", &id)]);
         }
+    }
+}
+
+/// The next message, or `None` when the deadline has passed, however many messages wait: a guest
+/// can see to it that one always does.
+fn receive(inbox: &Receiver<Message>, deadline: Option<Instant>) -> Option<Message> {
+    let Some(deadline) = deadline else {
+        return Some(inbox.recv().unwrap_or(Message::Terminate));
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return None;
+    }
+    match inbox.recv_timeout(left) {
+        Ok(message) => Some(message),
+        Err(RecvTimeoutError::Timeout) => None,
+        Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
     }
 }
 
