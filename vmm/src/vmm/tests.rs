@@ -322,7 +322,9 @@ fn a_vm_whose_vcpu_fails_is_told_to_be_paused() {
     };
     vmm.boot();
     let events = vmm.events_until("paused");
-    assert!(events.ends_with(&["vcpu-error", "pausing", "paused"]));
+    // The vCPU may be quicker than the word that the VM is booted.
+    assert!(events.contains(&"vcpu-error"), "{events:?}");
+    assert!(events.ends_with(&["pausing", "paused"]), "{events:?}");
     assert_eq!(vmm.state(), Some(State::Paused));
     vmm.ask(|reply| Command::Reboot { reply }).unwrap();
 }
