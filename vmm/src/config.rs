@@ -13,8 +13,10 @@ use devices::rng::RngConfig;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::device_manager::TRANSPORT_PREFIX;
 use crate::error::Error;
 use crate::layout::{HOLE_END, HOLE_START};
+use crate::vm::RNG_ID;
 
 mod cpus;
 mod memory;
@@ -202,6 +204,17 @@ impl VmConfig {
                     format!("slot {slot} is taken"),
                 )
                 .into());
+            }
+        }
+        // vm.info names the PCI function of the device `x` so, among the devices.
+        for (id, field) in &ids {
+            if let Some(other) = id.strip_prefix(TRANSPORT_PREFIX)
+                && (other == RNG_ID || ids.contains_key(other))
+            {
+                return Err(Error::DuplicateId {
+                    field: format!("{field}.id"),
+                    id: id.clone(),
+                });
             }
         }
         for (index, disk) in self.disks.iter().enumerate() {
