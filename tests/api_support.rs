@@ -112,7 +112,7 @@ impl FakeVmm {
         }
     }
 
-    fn add(&mut self, device: DeviceConfig) -> Result<Option<PciDeviceInfo>, Error> {
+    fn add(&mut self, device: DeviceConfig) -> Result<PciDeviceInfo, Error> {
         check(Verb::AddDevice, self.vm.as_ref().map(|vm| vm.1))?;
         let DeviceConfig::Disk(mut disk) = device else {
             panic!("there is no operation for this device");
@@ -133,10 +133,11 @@ impl FakeVmm {
             return Err(Error::DuplicateId { field, id });
         }
         config.disks.push(disk);
-        Ok((*state != State::Created).then(|| PciDeviceInfo {
+        let booted = *state != State::Created;
+        Ok(PciDeviceInfo {
             id,
-            bdf: "0000:00:05.0".to_owned(),
-        }))
+            bdf: booted.then(|| "0000:00:05.0".to_owned()),
+        })
     }
 
     fn publish(&self) {

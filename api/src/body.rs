@@ -23,7 +23,7 @@ use utoipa::openapi::schema::{AdditionalProperties, Schema, SchemaType, Type};
 use utoipa::openapi::{Ref, RefOr};
 
 use crate::compat;
-use crate::error::ApiError;
+use crate::error::{ApiError, shorten};
 use crate::server::Descriptors;
 
 /// The longest body accepted (Cloud Hypervisor's limit).
@@ -286,7 +286,8 @@ impl Walk {
         }
         if self.warnings_left > 0 {
             self.warnings_left -= 1;
-            tracing::warn!(field = %path, "an unknown field is ignored");
+            let field = shorten(&path.to_string());
+            tracing::warn!(field, "an unknown field is ignored");
         }
         Ok(())
     }

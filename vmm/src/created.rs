@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::memory;
 use crate::state::State;
 use crate::status::{PciDeviceInfo, VmInfo};
-use crate::vm::{Environment, RNG_ID, Vm};
+use crate::vm::{Environment, RNG_ID, Vm, check_debug_port};
 
 /// A VM that exists.
 pub struct Created {
@@ -43,6 +43,7 @@ impl Created {
             let opened = Payload::open(payload).and_then(|p| p.fits(config.memory.size));
             opened.map_err(|e| e.within("payload"))?;
         }
+        check_debug_port(&config.debug_console).map_err(|e| e.within("debug_console"))?;
         if let Some(platform) = &config.platform {
             smbios::check(platform).map_err(|e| e.within("platform"))?;
         }

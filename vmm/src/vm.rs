@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use devices::acpi::{GED_PORTS, Ged, SLEEP_PORTS, SleepAndReset};
 use devices::bus::{Bus, BusDevice};
+use devices::config::Invalid;
 use devices::event::{DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
 use devices::legacy::{
-    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugPort, I8042, I8042_PORTS, PM_TIMER_PORTS,
-    PmTimer, SERIAL_PORTS, SerialDevice,
+    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugConsoleConfig, DebugPort, I8042, I8042_PORTS,
+    PM_TIMER_PORTS, PmTimer, SERIAL_PORTS, SerialDevice,
 };
 use devices::pci::bus::{PORTS, PciBus};
 use devices::pci::hotplug::{HOTPLUG_PORTS, PciHotplug};
@@ -58,6 +59,32 @@ pub struct Vm {
     /// What the guest does to the machine.
     pub signals: Arc<GuestSignals>,
     ged: Arc<Ged>,
+}
+
+/// The I/O ports that the machine's own devices have: first port and number.
+const PORTS_TAKEN: &[(u64, u64)] = &[
+    (ACPI_SLEEP_PORT, SLEEP_PORTS),
+    (CMOS_PORT, CMOS_PORTS),
+    (GED_PORT, GED_PORTS),
+    (HOTPLUG_PORT, HOTPLUG_PORTS),
+    (I8042_PORT, I8042_PORTS),
+    (PCI_CONFIG_PORT, PORTS),
+    (PM_TIMER_PORT, PM_TIMER_PORTS),
+    (POST_PORT, 1),
+    (SERIAL_PORT, SERIAL_PORTS),
+];
+
+/// Refuses a debug port at a port that another device has.
+pub fn check_debug_port(config: &DebugConsoleConfig) -> Result<(), Invalid> {
+    let port = u64::from(config.iobase);
+    let taken = |(base, len): &(u64, u64)| (*base..base + len).contains(&port);
+    if config.mode != ConsoleMode::Off && PORTS_TAKEN.iter().any(taken) {
+        return Err(Invalid::new(
+            "iobase",
+            format!("port {port:#x} belongs to another device"),
+        ));
+    }
+    Ok(())
 }
 
 /// The buses while devices are being put on them.
@@ -183,7 +210,7 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
 
 fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
     let Some(payload) = &config.payload else {
-        return Err(devices::config::Invalid::new(
+        return Err(Invalid::new(
             "payload",
             "the VM was created without one, so there is nothing to boot",
         )

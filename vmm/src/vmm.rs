@@ -269,6 +269,8 @@ impl Vmm {
     }
 
     fn resume(&mut self) -> Result<(), Error> {
+        self.legal(Verb::Resume)?;
+        self.emit("vm", "resuming", &[]);
         self.created(Verb::Resume)?.resume()?;
         self.emit("vm", "resumed", &[]);
         Ok(())
