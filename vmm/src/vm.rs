@@ -58,6 +58,8 @@ pub struct Vm {
     pub devices: DeviceManager,
     /// What the guest does to the machine.
     pub signals: Arc<GuestSignals>,
+    /// When it was ready to run.
+    pub built_at: Instant,
     ged: Arc<Ged>,
 }
 
@@ -159,7 +161,10 @@ impl Vm {
             seccomp: environment.seccomp,
             sink: event_sink(environment.events.clone(), signals.clone()),
         });
-        for (field, device) in config.devices() {
+        // Who asks for a slot gets it before those that take any.
+        let mut configured = config.devices();
+        configured.sort_by_key(|(_, device)| device.common().pci_device_id.is_none());
+        for (field, device) in configured {
             let id = device.common().id.as_deref().unwrap_or(RNG_ID);
             devices.plug(id, &device).map_err(|e| e.within(&field))?;
         }
@@ -182,6 +187,7 @@ impl Vm {
             vcpus,
             devices,
             signals,
+            built_at: Instant::now(),
             ged,
         })
     }
@@ -192,7 +198,8 @@ impl Vm {
     }
 }
 
-/// The tables that describe the machine to the guest; says where the ACPI ones begin.
+/// What a firmware would leave in memory: the tables that describe the machine, and the way to
+/// restart it. Says where the ACPI tables begin.
 fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error> {
     // 64 vCPUs never get beyond the ids that need an x2APIC, however they are arranged.
     let apic_ids = (0..config.cpus.boot_vcpus)
@@ -201,6 +208,7 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
         .map_err(|e| Error::host("describing the vCPUs to the guest", e))?;
     let platform = config.platform.clone().unwrap_or_default();
     boot::smbios::write_tables(ram, &platform)?;
+    boot::reset_vector::write(ram)?;
     let machine = acpi::Machine {
         apic_ids: &apic_ids,
         serial: config.serial.mode != ConsoleMode::Off,
@@ -208,7 +216,8 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
     acpi::write_tables(ram, &machine)
 }
 
-fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
+/// Opens and checks what the VM boots from.
+pub fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
     let Some(payload) = &config.payload else {
         return Err(Invalid::new(
             "payload",

@@ -3,8 +3,11 @@
 
 pub(crate) mod driver;
 mod faults;
+mod hostile;
 mod io;
+mod load;
 mod malicious;
+mod model;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -209,6 +209,14 @@ impl UringQueue {
         }
     }
 
+    /// Has completions that are ready but not yet in the ring put there.
+    fn gather(&mut self) -> io::Result<()> {
+        if self.enabled && self.ring.submission().taskrun() {
+            self.enter(0)?;
+        }
+        Ok(())
+    }
+
     /// Takes what the kernel has completed, and goes on with those jobs.
     fn harvest(&mut self) -> io::Result<()> {
         loop {
@@ -341,10 +349,7 @@ impl Queue for UringQueue {
     }
 
     fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
-        // Completions that are ready but not yet in the ring are put there by asking for them.
-        if self.enabled && self.ring.submission().taskrun() {
-            self.enter(0)?;
-        }
+        self.gather()?;
         self.harvest()?;
         completed.append(&mut self.done);
         Ok(())
@@ -370,6 +375,9 @@ impl Queue for UringQueue {
     }
 
     fn acknowledge(&mut self) {
+        // That completions are ready makes it readable, and that they are put into the ring does so
+        // again: not after this. `poll` finds, and reports, what goes wrong here.
+        let _ = self.gather();
         // Empty when somebody has been here already.
         let _ = self.ready.read();
     }
@@ -394,7 +402,7 @@ impl Drop for UringQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicI32};
 
     use super::*;
 
@@ -409,6 +417,7 @@ mod tests {
             block_device: false,
             no_punch_hole: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
+            lost: AtomicI32::new(0),
         });
         let mut queue = match UringQueue::new(host, 4) {
             Ok(queue) => queue,
