@@ -17,7 +17,9 @@ fn errors(answer: &Answer) -> Vec<String> {
 /// Sends `operation` and says the status; an error must have the one shape.
 fn status(client: &mut Client, operation: &str) -> u16 {
     let answer = match operation {
-        "vm.info" | "vm.counters" => client.get(operation),
+        "vm.info" | "vm.counters" | "vm.balloons" | "vm.balloon-stats" => client.get(operation),
+        "vm.resize" => client.put(operation, r#"{"desired_balloon":4096}"#),
+        "vm.resize-balloon" => client.put(operation, r#"{"id":"b","desired_size":0}"#),
         "vm.create" => client.put(operation, "{}"),
         "vm.add-disk" => client.put(operation, r#"{"path":"/d"}"#),
         "vm.remove-device" => client.put(operation, r#"{"id":"_disk0"}"#),
@@ -31,7 +33,11 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     answer.status
 }
 
-const OPERATIONS: [&str; 13] = [
+const OPERATIONS: [&str; 17] = [
+    "vm.resize",
+    "vm.resize-balloon",
+    "vm.balloons",
+    "vm.balloon-stats",
     "vm.create",
     "vm.info",
     "vm.counters",
@@ -94,7 +100,9 @@ fn a_verb_that_does_not_fit_the_state_is_409() {
             let expected = match operation {
                 "vm.create" => 409,
                 "vm.info" | "vm.add-disk" => 200,
-                "vm.delete" => 204,
+                "vm.delete" | "vm.resize" | "vm.resize-balloon" => 204,
+                "vm.balloons" if state != State::Created => 200,
+                "vm.balloon-stats" if state == State::Running => 200,
                 "vm.remove-device" => 404,
                 "vm.counters" if fits(state).contains(&operation) => 200,
                 _ if fits(state).contains(&operation) => 204,

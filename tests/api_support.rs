@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 
 use ballast_api::routes;
 use ballast_api::server::{self, Limits};
+use devices::balloon::GuestStatistics;
 use devices::config::DeviceConfig;
 use vmm::Error;
 use vmm::command::{Command, Endpoint, Message, channel};
 use vmm::config::VmConfig;
 use vmm::event::Events;
 use vmm::state::{State, Verb, check};
-use vmm::status::{PciDeviceInfo, VmInfo};
+use vmm::status::{BalloonStats, PciDeviceInfo, VmInfo};
 
 /// Adding a disk with this path takes [`SLOW`].
 pub const SLOW_PATH: &str = "/slow";
@@ -108,6 +109,23 @@ impl FakeVmm {
                     known.then_some(()).ok_or(Error::UnknownDevice { id })
                 })
             ),
+            Command::Resize { reply, .. } => answer!(reply, check(Verb::Resize, state)),
+            Command::ResizeBalloon { reply, .. } => {
+                answer!(reply, check(Verb::ResizeBalloon, state))
+            }
+            Command::Balloons { reply } => {
+                answer!(reply, check(Verb::Balloons, state).map(|()| Vec::new()))
+            }
+            Command::BalloonStats { reply } => {
+                let stats = BalloonStats {
+                    balloon_actual: 4096,
+                    stats: GuestStatistics {
+                        free_memory: Some(7),
+                        ..GuestStatistics::default()
+                    },
+                };
+                answer!(reply, check(Verb::BalloonStats, state).map(|()| stats))
+            }
             Command::VmmShutdown { .. } => unreachable!(),
         }
     }

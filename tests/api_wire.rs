@@ -223,9 +223,10 @@ fn a_path_where_nothing_is_answers_404_in_the_one_shape() {
         let errors: Vec<String> = serde_json::from_slice(&answer.body).unwrap();
         assert!(errors[0].starts_with("Not Found"));
     }
-    let answer = client.put("vm.resize", r#"{"desired_ram":1}"#);
+    let answer = client.put("vm.resize-zone", r#"{"id":"a","desired_ram":1}"#);
     assert_eq!(answer.status, 404);
-    assert!(answer.text().contains("not supported yet: vm.resize"));
+    let text = answer.text();
+    assert!(text.contains("not supported yet: vm.resize-zone"));
 }
 
 #[test]

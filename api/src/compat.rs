@@ -52,7 +52,6 @@ pub const FIELDS: &[(&str, &[(&str, Inert)])] = &[
     (
         "VmConfig",
         &[
-            ("balloon", Inert::Null),
             ("devices", Inert::Empty),
             ("fs", Inert::Empty),
             ("gdb", Inert::Empty),
@@ -130,6 +129,7 @@ pub const FIELDS: &[(&str, &[(&str, Inert)])] = &[
             ("vhost_user", Inert::Empty),
         ],
     ),
+    ("BalloonConfig", &[("iommu", Inert::Empty)]),
     ("RngConfig", &[("iommu", Inert::Empty)]),
     // The virtio console is a PCI device in Cloud Hypervisor, the serial port is not; both have
     // one schema here.
@@ -161,10 +161,8 @@ pub const OPERATIONS: &[&str] = &[
     "vm.add-user-device",
     "vm.add-vdpa",
     "vm.add-vsock",
-    "vm.balloon-stats",
     "vm.coredump",
     "vm.receive-migration",
-    "vm.resize",
     "vm.resize-disk",
     "vm.resize-zone",
     "vm.restore",

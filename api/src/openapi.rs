@@ -15,7 +15,7 @@ pub use downgrade::to_3_0;
 
 use crate::error::{Errors, PROBLEM_JSON, Problem};
 use crate::json;
-use crate::routes::{devices, documents, events, vm, vmm};
+use crate::routes::{balloons, devices, documents, events, vm, vmm};
 
 /// The document, as OpenAPI 3.1.
 pub const OPENAPI_3_1: &str = include_str!("../../openapi/ballast.json");
@@ -41,12 +41,15 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         (name = "vmm", description = "The process"),
         (name = "vm", description = "The virtual machine"),
         (name = "devices", description = "Plugging and unplugging"),
+        (name = "balloons", description = "Memory the guest leaves to the host"),
     ),
     paths(
         vmm::ping, vmm::shutdown,
         vm::create, vm::info, vm::counters, vm::boot, vm::shutdown, vm::reboot, vm::pause,
         vm::resume, vm::power_button, vm::nmi, vm::delete,
+        vm::resize,
         devices::add_disk, devices::remove,
+        balloons::add, balloons::resize, balloons::list, balloons::stats,
         events::stream, documents::openapi,
     ),
     components(schemas(::vmm::event::Event, Errors, Problem)),
@@ -86,10 +89,12 @@ pub fn error_statuses(operation_id: &str) -> &'static [u16] {
     match operation_id {
         "pingVmm" | "followEvents" | "getOpenApi" => &[400],
         "getVmInfo" => &[400, 404],
-        "getVmCounters" => &[400, 404, 409, 500, 504],
+        "getVmCounters" | "getBalloons" | "getBalloonStats" => &[400, 404, 409, 500, 504],
         "shutdownVmm" | "deleteVm" => &[400, 408, 413, 500, 504],
         "createVm" => &[400, 408, 409, 413, 500, 507],
-        "bootVm" | "rebootVm" | "addDisk" => &[400, 404, 408, 409, 413, 500, 504, 507],
+        "bootVm" | "rebootVm" | "addDisk" | "addBalloon" => {
+            &[400, 404, 408, 409, 413, 500, 504, 507]
+        }
         _ => &[400, 404, 408, 409, 413, 500, 504],
     }
 }

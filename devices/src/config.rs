@@ -12,6 +12,7 @@ use thiserror::Error;
 use utoipa::ToSchema;
 
 use crate::allow;
+use crate::balloon::{Balloon, BalloonConfig};
 use crate::block::{Block, DiskConfig};
 use crate::event::Reporter;
 use crate::rng::{Rng, RngConfig};
@@ -116,6 +117,7 @@ pub const BUILD: &[Allow] = &[
     allow!(lseek),
     allow!(newfstatat),
     allow!(openat, 2 => Test::Without((libc::O_CREAT | libc::O_TRUNC) as u64)),
+    allow!(pidfd_open),
     allow!(statx),
     allow!(timerfd_create),
 ];
@@ -124,6 +126,7 @@ pub const BUILD: &[Allow] = &[
 pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     let kinds = crate::block::thread_kinds().into_iter();
     kinds
+        .chain(crate::balloon::thread_kinds())
         .chain(crate::rng::thread_kinds())
         .chain(crate::legacy::console::thread_kinds())
         .collect()
@@ -182,6 +185,8 @@ impl BuildError {
 /// The one list of devices that can be plugged into a slot.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DeviceConfig {
+    /// A virtio balloon.
+    Balloon(BalloonConfig),
     /// A virtio block device.
     Disk(DiskConfig),
     /// A virtio entropy device.
@@ -192,6 +197,7 @@ impl DeviceConfig {
     /// What all of them share.
     pub fn common(&self) -> &PciCommon {
         match self {
+            Self::Balloon(config) => &config.common,
             Self::Disk(config) => &config.common,
             Self::Rng(config) => &config.common,
         }
@@ -200,6 +206,7 @@ impl DeviceConfig {
     /// The same, to fill in a made-up id.
     pub fn common_mut(&mut self) -> &mut PciCommon {
         match self {
+            Self::Balloon(config) => &mut config.common,
             Self::Disk(config) => &mut config.common,
             Self::Rng(config) => &mut config.common,
         }
@@ -208,6 +215,7 @@ impl DeviceConfig {
     /// What made-up ids of such devices begin with.
     pub fn id_prefix(&self) -> &'static str {
         match self {
+            Self::Balloon(_) => "_balloon",
             Self::Disk(_) => "_disk",
             Self::Rng(_) => "_rng",
         }
@@ -217,6 +225,7 @@ impl DeviceConfig {
     /// right kind and can be opened.
     pub fn check_host(&self) -> Result<(), BuildError> {
         match self {
+            Self::Balloon(_) => Ok(()),
             Self::Disk(config) => config.check_host(),
             Self::Rng(config) => config.check_host(),
         }
@@ -226,6 +235,7 @@ impl DeviceConfig {
     pub fn validate(&self) -> Result<(), Invalid> {
         self.common().validate()?;
         match self {
+            Self::Balloon(config) => config.validate(),
             Self::Disk(config) => config.validate(),
             Self::Rng(config) => config.validate(),
         }
@@ -234,6 +244,7 @@ impl DeviceConfig {
     /// Makes the device: opens its files, starts its threads. Called on the VMM thread.
     pub fn build(&self, context: BuildContext) -> Result<Arc<dyn VirtioDevice>, BuildError> {
         match self {
+            Self::Balloon(config) => Ok(Arc::new(Balloon::new(config, context)?)),
             Self::Disk(config) => Ok(Arc::new(Block::new(config, context)?)),
             Self::Rng(config) => Ok(Arc::new(Rng::new(config, context)?)),
         }

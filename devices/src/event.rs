@@ -23,11 +23,31 @@ pub enum DeviceEvent {
         /// How many more were swallowed by the rate limit since the last one reported.
         suppressed: u64,
     },
+    /// A balloon moved, or has stopped.
+    Balloon {
+        /// Which of these.
+        news: BalloonNews,
+        /// Bytes the guest is asked to give.
+        target_bytes: u64,
+        /// Bytes it says it has given.
+        actual_bytes: u64,
+    },
     /// The device can't go on and has set DEVICE_NEEDS_RESET.
     Failed {
         /// Why, for a person.
         reason: String,
     },
+}
+
+/// What a balloon has to tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalloonNews {
+    /// The guest is on its way; told at most once a second.
+    Progress,
+    /// The guest has given what it is asked for.
+    Reached,
+    /// The guest comes no closer.
+    Stalled,
 }
 
 /// Takes the events of all devices; called on device and vCPU threads, must not block.

@@ -5,5 +5,7 @@
 
 use std::sync::Arc;
 
+pub mod discard;
+
 /// Guest RAM: cheap to clone, checked on every access.
 pub type GuestRam = Arc<vm_memory::GuestMemoryMmap>;

@@ -9,6 +9,7 @@
 //! the device's queues while the driver is running.
 
 pub mod acpi;
+pub mod balloon;
 pub mod block;
 pub mod bus;
 pub mod config;

@@ -8,6 +8,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod balloon;
 mod boot;
 mod crash;
 mod disk;

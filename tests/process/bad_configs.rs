@@ -127,7 +127,7 @@ fn features_that_are_not_built_are_refused_by_name_and_never_ignored() {
         ("pmem", json!([{"file": "/tmp/pmem"}])),
         ("devices", json!([{"path": "/sys/bus/pci/devices/0"}])),
         ("vdpa", json!([{"path": "/dev/vhost-vdpa-0"}])),
-        ("balloon", json!({"size": 0})),
+        ("balloon", json!({"size": 0, "iommu": true})),
         ("tpm", json!({"socket": "/tmp/tpm"})),
         ("numa", json!([{"guest_numa_id": 0}])),
         ("watchdog", json!(true)),

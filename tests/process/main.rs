@@ -8,6 +8,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bad_balloons;
 mod bad_configs;
 mod bad_files;
 mod bad_requests;

@@ -21,7 +21,7 @@ use State::{Created, None, Paused, Running};
 const STATES: [State; 4] = [None, Created, Running, Paused];
 
 /// Status of each request by state: no VM, Created, Running, Paused.
-const TABLE: [(&str, &str, [u16; 4]); 16] = [
+const TABLE: [(&str, &str, [u16; 4]); 21] = [
     ("GET", "vmm.ping", [200, 200, 200, 200]),
     ("GET", "vm.info", [404, 200, 200, 200]),
     ("GET", "openapi.json", [200, 200, 200, 200]),
@@ -36,6 +36,12 @@ const TABLE: [(&str, &str, [u16; 4]); 16] = [
     ("GET", "vm.counters", [404, 409, 200, 200]),
     ("PUT", "vm.add-disk", [404, 200, 200, 200]),
     ("PUT", "vm.remove-device", [404, 204, 204, 204]),
+    ("PUT", "vm.add-balloon", [404, 200, 200, 200]),
+    ("PUT", "vm.resize", [404, 204, 204, 204]),
+    ("PUT", "vm.resize-balloon", [404, 204, 204, 204]),
+    ("GET", "vm.balloons", [404, 409, 200, 200]),
+    // A guest that has no driver for it never answers.
+    ("GET", "vm.balloon-stats", [404, 409, 504, 409]),
     ("PUT", "vm.delete", [204, 204, 204, 204]),
     ("PUT", "vmm.shutdown", [204, 204, 204, 204]),
 ];
@@ -46,6 +52,7 @@ fn bring_to(ballast: &Ballast, client: &mut Client, state: State) {
         return;
     }
     let mut config = ballast.sleeper();
+    config["balloon"] = json!({"size": 0});
     config["disks"] = json!([{"id": "there", "path": ballast.path("there")}]);
     client.put_json("vm.create", &config);
     if state == Created {
@@ -61,6 +68,9 @@ fn send(ballast: &Ballast, client: &mut Client, method: &str, path: &str) -> Res
     let body = match path {
         "vm.create" => Some(ballast.sleeper()),
         "vm.add-disk" => Some(json!({"path": ballast.path("new")})),
+        "vm.add-balloon" => Some(json!({"size": 4096})),
+        "vm.resize" => Some(json!({"desired_balloon": 4096})),
+        "vm.resize-balloon" => Some(json!({"id": "__balloon", "desired_size": 8192})),
         "vm.remove-device" => Some(json!({"id": "there"})),
         _ => Option::None,
     };

@@ -3,13 +3,14 @@
 
 use std::sync::mpsc;
 
+use devices::balloon::BalloonInfo;
 use devices::config::DeviceConfig;
 use tokio::sync::{broadcast, oneshot, watch};
 
-use crate::config::VmConfig;
+use crate::config::{VmConfig, VmResize};
 use crate::error::Error;
 use crate::event::{Event, Events};
-use crate::status::{PciDeviceInfo, Status, VmCounters};
+use crate::status::{BalloonStats, PciDeviceInfo, Status, VmCounters};
 
 /// Where a command's answer goes. The type of the answer is part of the question.
 pub type Reply<T> = oneshot::Sender<Result<T, Error>>;
@@ -52,6 +53,19 @@ pub enum Command {
     },
     /// `vm.remove-device`: ask the guest to let go of a device.
     RemoveDevice { id: String, reply: Reply<()> },
+    /// `vm.resize`: the first balloon's target; nothing else can be resized yet.
+    Resize { desired: VmResize, reply: Reply<()> },
+    /// `vm.resize-balloon`: tell the guest a balloon's new target.
+    ResizeBalloon {
+        id: String,
+        desired_size: u64,
+        reply: Reply<()>,
+    },
+    /// `vm.balloons`: where each stands. Answered by the balloons' threads, with statistics that
+    /// the guest is asked for.
+    Balloons { reply: Reply<Vec<BalloonInfo>> },
+    /// `vm.balloon-stats`: the guest's statistics. Answered by the balloon's thread.
+    BalloonStats { reply: Reply<BalloonStats> },
     /// `vmm.shutdown`: pull the plug and end the process.
     VmmShutdown { reply: Reply<()> },
 }

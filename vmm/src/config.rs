@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use devices::balloon::BalloonConfig;
 use devices::block::DiskConfig;
 use devices::config::{DeviceConfig, Invalid};
 use devices::legacy::{ConsoleConfig, ConsoleMode, DebugConsoleConfig};
@@ -18,10 +19,12 @@ use crate::error::Error;
 use crate::layout::{HOLE_END, HOLE_START};
 use crate::vm::RNG_ID;
 
+mod balloons;
 mod cpus;
 mod memory;
 mod platform;
 
+pub use balloons::{BALLOON_ID, VmResize};
 pub use cpus::{CoreFeatures, CpuTopology, CpusConfig};
 pub use memory::MemoryConfig;
 pub use platform::PlatformConfig;
@@ -48,6 +51,17 @@ pub struct VmConfig {
         skip_serializing_if = "Vec::is_empty"
     )]
     pub disks: Vec<DiskConfig>,
+    /// A balloon with the id `__balloon`, unless it is given one; the place where Cloud Hypervisor
+    /// has its only balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// Balloons, each with a target of its own.
+    #[serde(
+        default,
+        deserialize_with = "null_is_empty",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub balloons: Vec<BalloonConfig>,
     /// The entropy device.
     #[serde(default)]
     pub rng: RngConfig,
@@ -152,12 +166,19 @@ impl VmConfig {
             .enumerate()
             .map(|(index, disk)| (format!("disks[{index}]"), DeviceConfig::Disk(disk.clone())));
         let rng = ("rng".to_owned(), DeviceConfig::Rng(self.rng.clone()));
-        std::iter::once(rng).chain(disks).collect()
+        let balloons = self
+            .all_balloons()
+            .map(|(field, _, balloon)| (field, DeviceConfig::Balloon(balloon.clone())));
+        std::iter::once(rng).chain(disks).chain(balloons).collect()
     }
 
     /// Adds a device; says at which field it then stands.
     pub fn add(&mut self, device: DeviceConfig) -> Result<String, Error> {
         match device {
+            DeviceConfig::Balloon(balloon) => {
+                self.balloons.push(balloon);
+                Ok(format!("balloons[{}]", self.balloons.len() - 1))
+            }
             DeviceConfig::Disk(disk) => {
                 self.disks.push(disk);
                 Ok(format!("disks[{}]", self.disks.len() - 1))
@@ -171,7 +192,7 @@ impl VmConfig {
         let before = self.disks.len();
         self.disks
             .retain(|disk| disk.common.id.as_deref() != Some(id));
-        self.disks.len() < before
+        self.disks.len() < before || self.remove_balloon(id)
     }
 
     fn validate_devices(&self) -> Result<(), Error> {
@@ -217,6 +238,7 @@ impl VmConfig {
                 });
             }
         }
+        self.validate_balloons()?;
         for (index, disk) in self.disks.iter().enumerate() {
             self.validate_disk(&format!("disks[{index}]"), disk, index)?;
         }

@@ -9,12 +9,12 @@ use std::os::linux::fs::MetadataExt;
 use std::time::Instant;
 
 use devices::block::DiskConfig;
-use devices::config::DeviceConfig;
+use devices::config::{DeviceConfig, Invalid};
 use devices::sandbox::SeccompMode;
 use devices::signals::Signalled;
 
 use crate::boot::{Payload, smbios};
-use crate::config::VmConfig;
+use crate::config::{BALLOON_ID, VmConfig, VmResize};
 use crate::consoles::Consoles;
 use crate::device_manager::Removed;
 use crate::error::Error;
@@ -60,6 +60,12 @@ impl Created {
                 config.disks[index].common.id = Some(free_id(&config, "_disk", &mut next_number));
             }
         }
+        for index in 0..config.balloons.len() {
+            if config.balloons[index].common.id.is_none() {
+                let id = free_id(&config, "_balloon", &mut next_number);
+                config.balloons[index].common.id = Some(id);
+            }
+        }
         config.cpus.max_vcpus = config.cpus.max();
         let consoles = Consoles::open(&mut config, seccomp)?;
         Ok(Self {
@@ -85,9 +91,19 @@ impl Created {
         VmInfo {
             config: self.config.clone(),
             state: self.state(),
-            memory_actual_size: self.config.memory.size,
+            memory_actual_size: self.memory_actual_bytes(),
             device_tree: self.running.as_ref().map(|vm| vm.devices.tree()),
         }
+    }
+
+    /// RAM, less what the guest says it has given; its word, so that it may be nonsense.
+    fn memory_actual_bytes(&self) -> u64 {
+        let size = self.config.memory.size;
+        let Some(vm) = &self.running else {
+            return size;
+        };
+        let given = vm.devices.balloons().map(|(_, b)| b.actual_bytes());
+        size.saturating_sub(given.fold(0, u64::saturating_add))
     }
 
     /// The machine; the caller has checked that the state is right.
@@ -193,6 +209,64 @@ impl Created {
             None => {}
         }
         Ok(Vec::new())
+    }
+
+    /// Changes what can be changed; all of it or nothing.
+    pub fn resize(&mut self, desired: VmResize) -> Result<(), Error> {
+        let fixed = |field: &str, desired: Option<u64>, is: u64| match desired {
+            Some(desired) if desired != is => Err(Error::from(Invalid::new(
+                field,
+                format!("not supported yet: it can't be changed, and is {is}"),
+            ))),
+            _ => Ok(()),
+        };
+        let vcpus = self.config.cpus.boot_vcpus;
+        fixed(
+            "desired_vcpus",
+            desired.desired_vcpus.map(u64::from),
+            vcpus.into(),
+        )?;
+        fixed("desired_ram", desired.desired_ram, self.config.memory.size)?;
+        let Some(size) = desired.desired_balloon else {
+            return Ok(());
+        };
+        let id = self.first_balloon()?;
+        self.resize_balloon(&id, size, "desired_balloon")
+    }
+
+    /// Tells the guest a balloon's new target, or changes it in the configuration; `field` is what
+    /// a refusal names.
+    pub fn resize_balloon(&mut self, id: &str, size: u64, field: &str) -> Result<(), Error> {
+        let mut config = self.config.clone();
+        let Some(balloon) = config.balloon_mut(id) else {
+            if config
+                .devices()
+                .iter()
+                .any(|(_, d)| d.common().id.as_deref() == Some(id))
+            {
+                return Err(Invalid::new("id", format!("device `{id}` is not a balloon")).into());
+            }
+            return Err(Error::UnknownDevice { id: id.to_owned() });
+        };
+        balloon.size = size;
+        config
+            .validate_balloons()
+            .map_err(|invalid| Invalid::new(field, invalid.reason))?;
+        if let Some(vm) = &self.running {
+            vm.devices.balloon(id)?.set_target(size);
+        }
+        self.config = config;
+        Ok(())
+    }
+
+    /// The id of the balloon that Cloud Hypervisor's commands mean.
+    pub fn first_balloon(&self) -> Result<String, Error> {
+        let first = self.config.all_balloons().next();
+        first
+            .map(|(_, id, _)| id.to_owned())
+            .ok_or_else(|| Error::UnknownDevice {
+                id: BALLOON_ID.to_owned(),
+            })
     }
 
     /// The guest has ejected the devices in these slots, one bit each.

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Ged;
+use devices::balloon::Balloon;
 use devices::config::{BuildContext, DeviceConfig, Invalid};
 use devices::event::{EventSink, Reporter};
 use devices::guest_memory::GuestRam;
@@ -206,6 +207,22 @@ impl DeviceManager {
             }
         }
         expired
+    }
+
+    /// The balloons.
+    pub fn balloons(&self) -> impl Iterator<Item = (&str, &Balloon)> {
+        self.devices.iter().filter_map(|(id, plugged)| {
+            let balloon = plugged.transport.device().as_balloon()?;
+            Some((id.as_str(), balloon))
+        })
+    }
+
+    /// The balloon of this id.
+    pub fn balloon(&self, id: &str) -> Result<&Balloon, Error> {
+        self.balloons()
+            .find(|(its_id, _)| *its_id == id)
+            .map(|(_, balloon)| balloon)
+            .ok_or_else(|| Error::UnknownDevice { id: id.to_owned() })
     }
 
     /// Whether there is a device of this id.

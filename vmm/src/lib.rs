@@ -5,6 +5,7 @@
 //! ([`vmm`]). State is published: [`status`] and [`event`] can be read without asking that thread.
 
 pub mod acpi;
+pub mod balloons;
 pub mod boot;
 pub mod command;
 pub mod config;

@@ -54,6 +54,10 @@ pub enum Verb {
     Counters,
     AddDevice,
     RemoveDevice,
+    Resize,
+    ResizeBalloon,
+    Balloons,
+    BalloonStats,
 }
 
 impl Verb {
@@ -71,6 +75,10 @@ impl Verb {
             Self::Counters => "vm.counters",
             Self::AddDevice => "vm.add-*",
             Self::RemoveDevice => "vm.remove-device",
+            Self::Resize => "vm.resize",
+            Self::ResizeBalloon => "vm.resize-balloon",
+            Self::Balloons => "vm.balloons",
+            Self::BalloonStats => "vm.balloon-stats",
         }
     }
 }
@@ -79,8 +87,8 @@ impl Verb {
 pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     use State::{Created, Paused, Running};
     use Verb::{
-        AddDevice, Boot, Counters, Create, Nmi, Pause, PowerButton, Reboot, RemoveDevice, Resume,
-        Shutdown,
+        AddDevice, BalloonStats, Balloons, Boot, Counters, Create, Nmi, Pause, PowerButton, Reboot,
+        RemoveDevice, Resize, ResizeBalloon, Resume, Shutdown,
     };
     let state = match (verb, state) {
         (Create, None) => return Ok(()),
@@ -91,10 +99,12 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     let legal = match verb {
         Create => false,
         Boot => state == Created,
-        Shutdown | Reboot | Counters => state != Created,
-        Pause | PowerButton | Nmi => state == Running,
+        Shutdown | Reboot | Counters | Balloons => state != Created,
+        Pause | PowerButton | Nmi | BalloonStats => state == Running,
         Resume => state == Paused,
-        AddDevice | RemoveDevice => matches!(state, Created | Running | Paused),
+        AddDevice | RemoveDevice | Resize | ResizeBalloon => {
+            matches!(state, Created | Running | Paused)
+        }
     };
     if legal {
         Ok(())
@@ -110,7 +120,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const VERBS: [Verb; 11] = [
+    const VERBS: [Verb; 15] = [
         Verb::Create,
         Verb::Boot,
         Verb::Shutdown,
@@ -122,6 +132,10 @@ mod tests {
         Verb::Counters,
         Verb::AddDevice,
         Verb::RemoveDevice,
+        Verb::Resize,
+        Verb::ResizeBalloon,
+        Verb::Balloons,
+        Verb::BalloonStats,
     ];
 
     fn legal(state: Option<State>) -> Vec<Verb> {
@@ -134,11 +148,14 @@ mod tests {
     #[test]
     fn each_state_allows_just_the_verbs_of_the_picture() {
         use Verb::{
-            AddDevice, Boot, Counters, Create, Nmi, Pause, PowerButton, Reboot, RemoveDevice,
-            Resume, Shutdown,
+            AddDevice, BalloonStats, Balloons, Boot, Counters, Create, Nmi, Pause, PowerButton,
+            Reboot, RemoveDevice, Resize, ResizeBalloon, Resume, Shutdown,
         };
         assert_eq!(legal(None), [Create]);
-        assert_eq!(legal(Some(State::Created)), [Boot, AddDevice, RemoveDevice]);
+        assert_eq!(
+            legal(Some(State::Created)),
+            [Boot, AddDevice, RemoveDevice, Resize, ResizeBalloon]
+        );
         assert_eq!(
             legal(Some(State::Running)),
             [
@@ -149,12 +166,26 @@ mod tests {
                 Nmi,
                 Counters,
                 AddDevice,
-                RemoveDevice
+                RemoveDevice,
+                Resize,
+                ResizeBalloon,
+                Balloons,
+                BalloonStats
             ]
         );
         assert_eq!(
             legal(Some(State::Paused)),
-            [Shutdown, Reboot, Resume, Counters, AddDevice, RemoveDevice]
+            [
+                Shutdown,
+                Reboot,
+                Resume,
+                Counters,
+                AddDevice,
+                RemoveDevice,
+                Resize,
+                ResizeBalloon,
+                Balloons
+            ]
         );
     }
 

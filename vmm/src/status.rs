@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use devices::balloon::GuestStatistics;
 use devices::pci::BarInfo;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -17,7 +18,7 @@ pub struct VmInfo {
     pub config: VmConfig,
     /// What the VM is doing.
     pub state: State,
-    /// Bytes of RAM the guest can use.
+    /// Bytes of RAM less those that the guest says its balloons have, as of about a second ago.
     pub memory_actual_size: u64,
     /// The devices of a booted VM by id.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -76,6 +77,15 @@ pub struct PciDeviceInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, example = "0000:00:05.0")]
     pub bdf: Option<String>,
+}
+
+/// `vm.balloon-stats`: what the guest tells of its memory, by way of the first balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct BalloonStats {
+    /// Bytes the guest says it has given.
+    pub balloon_actual: u64,
+    /// Its statistics.
+    pub stats: GuestStatistics,
 }
 
 /// `vm.counters`: running totals by device id and counter name.

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use devices::acpi::{GED_PORTS, Ged, SLEEP_PORTS, SleepAndReset};
 use devices::bus::{Bus, BusDevice};
-use devices::config::Invalid;
-use devices::event::{DeviceEvent, EventSink};
+use devices::config::{DeviceConfig, Invalid};
+use devices::event::{BalloonNews, DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
 use devices::legacy::{
     CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugConsoleConfig, DebugPort, I8042, I8042_PORTS,
@@ -21,7 +21,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::{self, Payload};
 use crate::command::Message;
-use crate::config::VmConfig;
+use crate::config::{BALLOON_ID, VmConfig};
 use crate::consoles::Consoles;
 use crate::cpuid::apic_id;
 use crate::device_manager::{DeviceManager, Sockets};
@@ -165,7 +165,11 @@ impl Vm {
         let mut configured = config.devices();
         configured.sort_by_key(|(_, device)| device.common().pci_device_id.is_none());
         for (field, device) in configured {
-            let id = device.common().id.as_deref().unwrap_or(RNG_ID);
+            let unnamed = match &device {
+                DeviceConfig::Balloon(_) => BALLOON_ID,
+                _ => RNG_ID,
+            };
+            let id = device.common().id.as_deref().unwrap_or(unnamed);
             devices.plug(id, &device).map_err(|e| e.within(&field))?;
         }
 
@@ -284,6 +288,27 @@ fn event_sink(events: Events, signals: Arc<GuestSignals>) -> EventSink {
                 "device-failed",
                 &[("id", id), ("reason", &reason)],
             );
+        }
+        DeviceEvent::Balloon {
+            news,
+            target_bytes,
+            actual_bytes,
+        } => {
+            let event = match news {
+                BalloonNews::Progress => "balloon-progress",
+                BalloonNews::Reached => "balloon-reached",
+                BalloonNews::Stalled => "balloon-stalled",
+            };
+            events.emit(
+                "virtio-device",
+                event,
+                &[
+                    ("id", id),
+                    ("target", &target_bytes.to_string()),
+                    ("actual", &actual_bytes.to_string()),
+                ],
+            );
+            signals.moved();
         }
         DeviceEvent::IoError {
             operation,

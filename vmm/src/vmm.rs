@@ -9,17 +9,19 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use devices::balloon::BalloonInfo;
 use devices::config::DeviceConfig;
 use devices::sandbox::{self, Filter, SeccompMode};
 
+use crate::balloons;
 use crate::command::{Command, Endpoint, Handle, Message, Reply, channel};
-use crate::config::VmConfig;
+use crate::config::{VmConfig, VmResize};
 use crate::created::Created;
 use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::event::Events;
 use crate::state::{State, Verb, check};
-use crate::status::PciDeviceInfo;
+use crate::status::{BalloonStats, PciDeviceInfo};
 use crate::syscalls;
 use crate::vm::Environment;
 
@@ -175,6 +177,22 @@ impl Vmm {
                 let result = self.remove_device(&id);
                 self.answer(reply, result);
             }
+            Command::Resize { desired, reply } => {
+                let result = self.resize(desired);
+                self.answer(reply, result);
+            }
+            Command::ResizeBalloon {
+                id,
+                desired_size,
+                reply,
+            } => {
+                let result = self
+                    .created(Verb::ResizeBalloon)
+                    .and_then(|c| c.resize_balloon(&id, desired_size, "desired_size"));
+                self.answer(reply, result);
+            }
+            Command::Balloons { reply } => self.balloons(reply),
+            Command::BalloonStats { reply } => self.balloon_stats(reply),
             Command::VmmShutdown { reply } => {
                 self.delete();
                 self.answer(reply, Ok(()));
@@ -309,6 +327,35 @@ impl Vmm {
         let removed = self.created(Verb::RemoveDevice)?.remove_device(id)?;
         self.tell_removed(removed);
         Ok(())
+    }
+
+    fn resize(&mut self, desired: VmResize) -> Result<(), Error> {
+        self.legal(Verb::Resize)?;
+        self.emit("vm", "resizing", &[]);
+        self.created(Verb::Resize)?.resize(desired)?;
+        self.emit("vm", "resized", &[]);
+        Ok(())
+    }
+
+    /// Has the balloons' threads answer, as the guest is asked for statistics first; one that
+    /// stands still is not asked.
+    fn balloons(&mut self, reply: Reply<Vec<BalloonInfo>>) {
+        let fresh = self.state() == Some(State::Running);
+        match self.created(Verb::Balloons).and_then(|c| c.running()) {
+            Ok(vm) => balloons::answer_all(vm.devices.balloons(), fresh, reply),
+            Err(error) => self.answer(reply, Err(error)),
+        }
+    }
+
+    fn balloon_stats(&mut self, reply: Reply<BalloonStats>) {
+        let balloon = self.created(Verb::BalloonStats).and_then(|created| {
+            let id = created.first_balloon()?;
+            created.running()?.devices.balloon(&id)
+        });
+        match balloon {
+            Ok(balloon) => balloons::answer_statistics(balloon, reply),
+            Err(error) => self.answer(reply, Err(error)),
+        }
     }
 
     fn tell_removed(&self, removed: Vec<Removed>) {

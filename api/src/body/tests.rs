@@ -70,7 +70,10 @@ fn nesting_ten_thousand_deep_is_refused() {
 fn a_field_of_a_feature_that_is_not_built_is_refused_by_name() {
     for (value, field) in [
         (json!({"net": [{"tap": "t0"}]}), "net"),
-        (json!({"balloon": {"size": 0}}), "balloon"),
+        (
+            json!({"balloon": {"size": 0, "iommu": true}}),
+            "balloon.iommu",
+        ),
         (json!({"watchdog": true}), "watchdog"),
         (json!({"rtc": {}}), "rtc"),
         (

@@ -1,10 +1,12 @@
 use std::path::PathBuf;
 
+use ::devices::balloon::BalloonConfig;
 use ::devices::block::DiskConfig;
-use ::vmm::config::VmConfig;
+use ::vmm::config::{VmConfig, VmResize};
 
 use super::*;
 use crate::body;
+use crate::routes::balloons::ResizeBalloon;
 use crate::routes::devices::RemoveDevice;
 
 fn committed(name: &str) -> PathBuf {
@@ -52,7 +54,7 @@ fn the_committed_documents_are_what_the_code_says() {
 fn every_operation_has_an_id_a_tag_a_description_and_one_success() {
     let document = document();
     let operations = operations(&document);
-    assert_eq!(operations.len(), 17);
+    assert_eq!(operations.len(), 22);
     let mut ids = std::collections::BTreeSet::new();
     for (path, _, operation) in operations {
         let id = operation["operationId"].as_str().expect(path);
@@ -174,6 +176,16 @@ fn every_example_of_a_request_passes_the_real_parser() {
                 "/vm.remove-device" => {
                     body::parse::<RemoveDevice>(&bytes).unwrap();
                 }
+                "/vm.add-balloon" => {
+                    let config: BalloonConfig = body::parse(&bytes).unwrap();
+                    config.validate().unwrap();
+                }
+                "/vm.resize-balloon" => {
+                    body::parse::<ResizeBalloon>(&bytes).unwrap();
+                }
+                "/vm.resize" => {
+                    body::parse::<VmResize>(&bytes).unwrap();
+                }
                 other => panic!("{other} has a body that this test does not know"),
             }
         }
@@ -280,7 +292,8 @@ fn a_real_answer_matches_its_schema() {
     let document = document();
     let config: VmConfig = body::parse(
         br#"{"payload":{"kernel":"/k"},"disks":[{"path":"/a","rate_limiter_config":
-        {"ops":{"size":1,"refill_time":1}}}],"platform":{"oem_strings":["a"]}}"#,
+        {"ops":{"size":1,"refill_time":1}}}],"balloon":{"size":4096},
+        "balloons":[{"id":"b","size":0,"free_page_reporting":true}],"platform":{"oem_strings":["a"]}}"#,
     )
     .unwrap();
     let node = ::vmm::status::DeviceNode {

@@ -3,6 +3,7 @@
 //! A handler turns a request into one command to the VMM thread, or reads what that thread has
 //! published. `vmm.ping`, `vm.info` and `vm.events` never queue behind a slow command.
 
+pub mod balloons;
 pub mod devices;
 pub mod documents;
 pub mod events;
@@ -42,6 +43,11 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.delete", put(vm::delete))
         .route("/vm.add-disk", put(devices::add_disk))
         .route("/vm.remove-device", put(devices::remove))
+        .route("/vm.resize", put(vm::resize))
+        .route("/vm.add-balloon", put(balloons::add))
+        .route("/vm.resize-balloon", put(balloons::resize))
+        .route("/vm.balloons", get(balloons::list))
+        .route("/vm.balloon-stats", get(balloons::stats))
         .route("/vm.events", get(events::stream))
         .route("/openapi.json", get(documents::openapi));
     Router::new()

@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use vmm::command::Command;
-use vmm::config::VmConfig;
+use vmm::config::{VmConfig, VmResize};
 use vmm::status::{VmCounters, VmInfo};
 use vmm::{Error, Handle};
 
@@ -117,6 +117,22 @@ pub async fn counters(State(handle): State<Handle>) -> Result<Response, ApiError
 )]
 pub async fn boot(State(handle): State<Handle>, _: NoBody) -> Result<StatusCode, ApiError> {
     order(&handle, |reply| Command::Boot { reply }).await
+}
+
+/// Resize the VM
+///
+/// So far only the first balloon can be: `vm.resize-balloon` is the same for any. What is not
+/// supported yet is refused unless it is the size there is. All is done or nothing.
+#[utoipa::path(
+    put, path = "/vm.resize", operation_id = "resizeVm", tag = "vm",
+    request_body(content = VmResize, description = "The sizes."),
+    responses((status = 204, description = "The guest is told.")),
+)]
+pub async fn resize(
+    State(handle): State<Handle>,
+    Body(desired): Body<VmResize>,
+) -> Result<StatusCode, ApiError> {
+    order(&handle, |reply| Command::Resize { desired, reply }).await
 }
 
 /// Pull the plug

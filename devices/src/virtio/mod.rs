@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::balloon::Balloon;
 use crate::worker::Worker;
 
 pub mod config_space;
@@ -68,6 +69,10 @@ pub trait VirtioDevice: Send + Sync {
     /// Running totals for `vm.counters`; empty for devices that count nothing.
     fn counters(&self) -> BTreeMap<&'static str, u64> {
         BTreeMap::new()
+    }
+    /// The device as a balloon, where it is one, for who sets its target and asks where it stands.
+    fn as_balloon(&self) -> Option<&Balloon> {
+        None
     }
     /// Which of [`VirtioDevice::workers`] serves the queue `index`.
     fn worker_of_queue(&self, _index: usize) -> usize {
