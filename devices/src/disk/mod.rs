@@ -27,6 +27,7 @@ pub mod buffers;
 pub mod lock;
 mod open;
 pub mod raw;
+mod ring;
 
 pub use buffers::Buffers;
 pub use lock::LockGranularity;
