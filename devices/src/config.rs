@@ -112,6 +112,9 @@ pub const BUILD: &[Allow] = &[
     allow!(lseek),
     allow!(newfstatat),
     allow!(openat, 2 => Test::Without((libc::O_CREAT | libc::O_TRUNC) as u64)),
+    // Reading what an image says about itself.
+    allow!(preadv),
+    allow!(preadv2),
     allow!(statx),
     allow!(timerfd_create),
 ];

@@ -5,6 +5,7 @@ pub(crate) mod driver;
 mod faults;
 mod io;
 mod malicious;
+mod qcow2;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
