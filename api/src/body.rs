@@ -3,6 +3,7 @@
 //! The JSON is first walked along the OpenAPI schema of the type it is for, so that field names
 //! are declared once. The walk
 //! - takes null for every optional field as "not given", as generated clients send it;
+//! - takes 2.0 for the integer it is, as the schema does and serde does not;
 //! - refuses fields and values of features that are not built yet (see [`crate::compat`]);
 //! - refuses unknown fields that look like a typo of a known one;
 //! - lets other unknown fields pass with a warning, as Cloud Hypervisor does for its clients.
@@ -23,7 +24,7 @@ use utoipa::openapi::schema::{AdditionalProperties, Schema, SchemaType, Type};
 use utoipa::openapi::{Ref, RefOr};
 
 use crate::compat;
-use crate::error::ApiError;
+use crate::error::{ApiError, shorten};
 use crate::server::Descriptors;
 
 /// The longest body accepted (Cloud Hypervisor's limit).
@@ -197,6 +198,9 @@ impl Walk {
             // A schema that is not there checks nothing; a test looks for such.
             None => return Ok(()),
         };
+        if let Some(integer) = wanted_integer(&schema, value) {
+            *value = integer;
+        }
         check_type(path, &schema, value)?;
         match value {
             Value::Object(object) => self.check_object(path, &name, &schema, object),
@@ -286,7 +290,8 @@ impl Walk {
         }
         if self.warnings_left > 0 {
             self.warnings_left -= 1;
-            tracing::warn!(field = %path, "an unknown field is ignored");
+            let field = shorten(&path.to_string());
+            tracing::warn!(field, "an unknown field is ignored");
         }
         Ok(())
     }
@@ -338,6 +343,23 @@ fn is_null(schema: &RefOr<Schema>) -> bool {
         schema,
         RefOr::T(Schema::Object(object)) if object.schema_type == SchemaType::Type(Type::Null)
     )
+}
+
+/// The integer in a value like `2.0`, where the schema wants one: to JSON Schema (2020-12 core
+/// §4.2.2) it is the same number, and languages without integers write it so.
+fn wanted_integer(schema: &Schema, value: &Value) -> Option<Value> {
+    /// Beyond 2^53 not every integer is a double.
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    let Schema::Object(object) = schema else {
+        return None;
+    };
+    let wanted = match &object.schema_type {
+        SchemaType::Type(one) => *one == Type::Integer,
+        SchemaType::Array(some) => some.contains(&Type::Integer),
+        SchemaType::AnyValue => false,
+    };
+    let number = value.as_f64().filter(|_| wanted && value.is_f64())?;
+    (number.fract() == 0.0 && number.abs() <= EXACT).then(|| (number as i64).into())
 }
 
 /// serde would find a wrong type too, but can't name a field of a flattened struct.

@@ -223,7 +223,7 @@ pub fn wants_problem(headers: &HeaderMap) -> bool {
 }
 
 /// What comes from a client is quoted only in part.
-fn shorten(text: &str) -> String {
+pub(crate) fn shorten(text: &str) -> String {
     const KEPT: usize = 100;
     if text.chars().count() <= KEPT {
         text.to_owned()

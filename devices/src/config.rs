@@ -3,8 +3,10 @@
 //! A device's own configuration struct stands beside the device. The HTTP body, the config file
 //! and the OpenAPI document all follow from it.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
@@ -63,11 +65,13 @@ impl PciCommon {
     /// Checks the rules of [`PciCommon`].
     pub fn validate(&self) -> Result<(), Invalid> {
         if let Some(id) = &self.id
-            && (id.is_empty() || id.starts_with("__") || id.len() > 255)
+            && (!(1..=255).contains(&id.len())
+                || id.starts_with("__")
+                || id.contains(char::is_control))
         {
             return Err(Invalid::new(
                 "id",
-                "must have 1 to 255 bytes and must not start with `__`",
+                "must have 1 to 255 bytes, no control characters, and must not start with `__`",
             ));
         }
         if self.pci_segment != 0 {
@@ -153,6 +157,22 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    /// The file that `field` names can't be opened: the file's fault, unless the host or the
+    /// process has run out of something.
+    pub fn cannot_open(field: &str, path: &Path, error: Errno) -> Self {
+        let source = std::io::Error::from(error);
+        match error {
+            Errno::MFILE | Errno::NFILE | Errno::NOMEM => {
+                Self::host(format!("opening {}", path.display()), source)
+            }
+            _ => Invalid::new(
+                field,
+                format!("{} can't be opened: {source}", path.display()),
+            )
+            .into(),
+        }
+    }
+
     /// The host failed while `doing`.
     pub fn host(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
         Self::Host {
@@ -219,6 +239,34 @@ impl DeviceConfig {
         match self {
             Self::Disk(config) => Ok(Arc::new(Block::new(config, context)?)),
             Self::Rng(config) => Ok(Arc::new(Rng::new(config, context)?)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_that_can_not_name_a_thread_is_refused() {
+        let with_id = |id: &str| PciCommon {
+            id: Some(id.to_owned()),
+            ..PciCommon::default()
+        };
+        for id in ["", "__rng", "a\0b", "a\nb", "\u{7f}", &"a".repeat(256)] {
+            assert_eq!(with_id(id).validate().unwrap_err().field, "id", "{id:?}");
+        }
+        for id in ["disk", "NIC//name", "_disk0", "a \"b\" é"] {
+            with_id(id).validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn who_runs_out_of_descriptors_does_not_blame_the_file() {
+        let outcome = |error| BuildError::cannot_open("path", Path::new("/x"), error);
+        assert!(matches!(outcome(Errno::NOENT), BuildError::Invalid(_)));
+        for error in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(matches!(outcome(error), BuildError::Host { .. }));
         }
     }
 }

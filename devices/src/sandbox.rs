@@ -19,7 +19,7 @@ use seccompiler::{
 pub use syscalls::Sysno;
 use thiserror::Error;
 
-mod allocator;
+pub mod allocator;
 pub mod violation;
 
 /// What a filter does with a call that is not on its list.

@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use thiserror::Error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::block_signal;
 
 use crate::event::{DeviceEvent, Reporter};
 use crate::sandbox::Filter;
@@ -119,8 +120,12 @@ impl Worker {
         };
         let (installed, outcome) = channel();
         let thread = std::thread::Builder::new()
-            .name(name.chars().take(15).collect())
+            // A zero byte in a name would be a panic.
+            .name(name.replace('\0', "").chars().take(15).collect())
             .spawn(move || {
+                // Where files may not grow beyond a limit (RLIMIT_FSIZE), a write beyond it is to
+                // fail; the signal would let a guest end the process. Fails only for no signal.
+                let _ = block_signal(libc::SIGXFSZ);
                 let result = filter.install();
                 let go = result.is_ok();
                 // The spawner waits for this, so it is there to hear it.

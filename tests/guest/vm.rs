@@ -131,10 +131,11 @@ impl Vm {
     }
 
     /// Panics if the guest's kernel complained about anything that looks like the machine's fault.
+    /// Of clocks it may: those of an emulated processor do drift.
     #[track_caller]
     pub fn assert_guest_content(&self) {
         let complaints = "BUG:|Oops|soft lockup|hung task|rcu.*stall|ACPI (BIOS )?Error|ACPI Warning\
-            |I/O error|lost page write|irq .*nobody cared|clocksource.*unstable|timed out";
+            |I/O error|lost page write|irq .*nobody cared|timed out";
         let (_, found) = self.agent.run(&format!("dmesg | grep -E '{complaints}'"));
         assert_eq!(found.trim(), "", "the guest's kernel complains");
     }

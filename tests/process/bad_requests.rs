@@ -113,7 +113,6 @@ fn bodies_that_are_no_json_are_refused_and_the_connection_lives_on() {
     let mut client = ballast.api();
     let before = before(&ballast, &mut client);
     let deep = |open: &str, close: &str| format!("{}{}", open.repeat(10_000), close.repeat(10_000));
-    let long_key = format!("{{\"{}\": 1}}", "k".repeat(1 << 20));
     for body in [
         "",
         "{",
@@ -134,7 +133,6 @@ fn bodies_that_are_no_json_are_refused_and_the_connection_lives_on() {
         &deep("{\"a\":", "}"),
         &format!("{{\"payload\": {}}}", deep("{\"kernel\":", "}")),
         &"[".repeat(1 << 20),
-        &long_key,
     ] {
         for path in ["vm.create", "vm.add-disk", "vm.remove-device"] {
             let answer = client.request("PUT", path, Some(body));

@@ -9,7 +9,11 @@
 )]
 
 use std::collections::BTreeSet;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::time::Instant;
 
+use devices::sandbox::violation::report_violations;
 use devices::sandbox::{Allow, Filter, SeccompMode, Sysno, Test};
 
 /// A kind of thread and the lists that make up its filter.
@@ -273,6 +277,51 @@ fn no_thread_makes_an_internet_socket() {
             assert_eq!(end, End::Violation, "{}: family {family}", kind.0);
         }
     }
+}
+
+#[test]
+fn a_violation_leaves_a_line_and_an_event_that_name_thread_and_call() {
+    let (mut stderr, line) = std::io::pipe().unwrap();
+    let (mut monitor, event) = std::io::pipe().unwrap();
+    let filter = compile(&kinds().remove(0));
+    // SAFETY: as in `run`; the handler is registered by a plain system call, and the name is set
+    // by another.
+    let child = unsafe {
+        let child = libc::fork();
+        assert!(child >= 0, "fork failed");
+        if child == 0 {
+            let no_core = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            libc::setrlimit(libc::RLIMIT_CORE, &no_core);
+            libc::dup2(line.as_raw_fd(), 2);
+            libc::prctl(libc::PR_SET_NAME, c"culprit".as_ptr());
+            let ready = report_violations(Instant::now(), Some(event.into())).is_ok();
+            if ready && filter.install().is_ok() {
+                libc::syscall(libc::SYS_ptrace, 0, 0, 0, 0);
+            }
+            libc::_exit(99);
+        }
+        child
+    };
+    drop((line, event));
+    let mut status = 0;
+    // SAFETY: waits for the child made above.
+    unsafe { libc::waitpid(child, &mut status, 0) };
+    assert!(libc::WIFSIGNALED(status), "{status:#x}");
+    assert_eq!(libc::WTERMSIG(status), libc::SIGSYS);
+    let mut text = String::new();
+    stderr.read_to_string(&mut text).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("thread=culprit syscall=ptrace"), "{text}");
+    let mut text = String::new();
+    monitor.read_to_string(&mut text).unwrap();
+    let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(text.ends_with("}\n\n"), "{text}");
+    assert_eq!(told["event"], "seccomp-violation");
+    assert_eq!(told["properties"]["thread"], "culprit");
+    assert_eq!(told["properties"]["syscall"], "ptrace");
 }
 
 #[test]

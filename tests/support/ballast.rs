@@ -149,9 +149,17 @@ impl Ballast {
         fs::read_to_string(self.path("stdout")).unwrap_or_default()
     }
 
-    /// Its descriptors and threads.
+    /// Its descriptors and threads, once they have stopped changing: it hears of a connection's
+    /// end, for one, only a moment later.
     pub fn holdings(&self) -> Holdings {
-        procfs::holdings(self.pid())
+        let mut last = procfs::holdings(self.pid());
+        let mut same = 0;
+        eventually("descriptors and threads stay the same", || {
+            let now = procfs::holdings(self.pid());
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            (same >= 20).then(|| last.clone())
+        })
     }
 
     /// Its standard input and output, if they are pipes.

@@ -24,7 +24,12 @@ pub fn holdings(pid: u32) -> Holdings {
         })
         .collect();
     descriptors.sort();
-    let mut threads: Vec<String> = threads(pid).into_iter().map(|t| t.name).collect();
+    // io_uring's workers are the kernel's own, and come and go as it likes.
+    let mut threads: Vec<String> = threads(pid)
+        .into_iter()
+        .map(|thread| thread.name)
+        .filter(|name| !name.starts_with("iou-"))
+        .collect();
     threads.sort();
     Holdings {
         descriptors,

@@ -13,7 +13,10 @@ use devices::rng::RngConfig;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::device_manager::TRANSPORT_PREFIX;
 use crate::error::Error;
+use crate::layout::{HOLE_END, HOLE_START};
+use crate::vm::RNG_ID;
 
 mod cpus;
 mod memory;
@@ -104,6 +107,7 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), Error> {
         self.cpus.validate().map_err(|e| e.within("cpus"))?;
         self.memory.validate().map_err(|e| e.within("memory"))?;
+        self.validate_addresses(self.cpus.max_phys_bits)?;
         if let Some(payload) = &self.payload {
             payload.validate().map_err(|e| e.within("payload"))?;
         }
@@ -122,6 +126,22 @@ impl VmConfig {
             .into());
         }
         self.validate_devices()
+    }
+
+    /// Checks that all of RAM lies within `bits` of physical address.
+    pub(crate) fn validate_addresses(&self, bits: u8) -> Result<(), Error> {
+        let end = match self.memory.size.checked_sub(HOLE_START) {
+            None | Some(0) => HOLE_END,
+            Some(high) => HOLE_END.saturating_add(high),
+        };
+        if end > 1u64.checked_shl(bits.into()).unwrap_or(u64::MAX) {
+            return Err(Invalid::new(
+                "memory.size",
+                format!("ends at {end:#x}, and the vCPUs have {bits} bits of physical address"),
+            )
+            .into());
+        }
+        Ok(())
     }
 
     /// Every pluggable device, with the name of its field, in the order of creation.
@@ -184,6 +204,17 @@ impl VmConfig {
                     format!("slot {slot} is taken"),
                 )
                 .into());
+            }
+        }
+        // vm.info names the PCI function of the device `x` so, among the devices.
+        for (id, field) in &ids {
+            if let Some(other) = id.strip_prefix(TRANSPORT_PREFIX)
+                && (other == RNG_ID || ids.contains_key(other))
+            {
+                return Err(Error::DuplicateId {
+                    field: format!("{field}.id"),
+                    id: id.clone(),
+                });
             }
         }
         for (index, disk) in self.disks.iter().enumerate() {

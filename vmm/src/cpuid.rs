@@ -93,6 +93,15 @@ pub fn apic_id(config: &CpusConfig, vcpu: u32) -> u32 {
     Topology::of(config).apic_id(vcpu)
 }
 
+/// Bits of physical address of the host's CPU, of which KVM gives a guest that many at most.
+pub fn host_phys_bits() -> u8 {
+    use std::arch::x86_64::__cpuid;
+    if __cpuid(0x8000_0000).eax < 0x8000_0008 {
+        return 36;
+    }
+    __cpuid(0x8000_0008).eax.to_le_bytes()[0]
+}
+
 /// What KVM can give to guests of this host.
 pub struct Supported {
     entries: Vec<kvm_cpuid_entry2>,

@@ -18,10 +18,10 @@ use crate::config::VmConfig;
 use crate::consoles::Consoles;
 use crate::device_manager::Removed;
 use crate::error::Error;
-use crate::memory;
 use crate::state::State;
 use crate::status::{PciDeviceInfo, VmInfo};
-use crate::vm::{Environment, RNG_ID, Vm};
+use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
+use crate::{cpuid, memory};
 
 /// A VM that exists.
 pub struct Created {
@@ -39,10 +39,12 @@ impl Created {
     pub fn new(mut config: VmConfig, seccomp: SeccompMode) -> Result<Self, Error> {
         config.validate()?;
         memory::check(&config.memory).map_err(|e| e.within("memory"))?;
+        config.validate_addresses(config.cpus.max_phys_bits.min(cpuid::host_phys_bits()))?;
         if let Some(payload) = &config.payload {
             let opened = Payload::open(payload).and_then(|p| p.fits(config.memory.size));
             opened.map_err(|e| e.within("payload"))?;
         }
+        check_debug_port(&config.debug_console).map_err(|e| e.within("debug_console"))?;
         if let Some(platform) = &config.platform {
             smbios::check(platform).map_err(|e| e.within("platform"))?;
         }
@@ -93,12 +95,25 @@ impl Created {
         self.running.as_ref().ok_or(Error::NotCreated)
     }
 
-    /// Builds the machine and starts it. On failure nothing of it stays.
-    pub fn boot(&mut self, environment: Environment) -> Result<(), Error> {
+    /// Checks that what the VM boots from is still there and fit, before it is pulled from under
+    /// a guest that runs.
+    pub fn check_payload(&self) -> Result<(), Error> {
+        open_payload(&self.config)?
+            .fits(self.config.memory.size)
+            .map_err(|e| e.within("payload"))
+    }
+
+    /// Builds the machine and starts it, or has it stand still before its first instruction. On
+    /// failure nothing of it stays.
+    pub fn boot(&mut self, environment: Environment, paused: bool) -> Result<(), Error> {
         let vm = Vm::build(&self.config, &self.consoles, environment)?;
-        vm.vcpus.resume();
+        if paused {
+            vm.devices.pause()?;
+        } else {
+            vm.vcpus.resume();
+        }
         self.running = Some(vm);
-        self.paused = false;
+        self.paused = paused;
         Ok(())
     }
 
@@ -190,6 +205,11 @@ impl Created {
             self.config.remove(&device.id);
         }
         removed
+    }
+
+    /// When the machine was built; `None` while it is off.
+    pub fn booted_at(&self) -> Option<Instant> {
+        self.running.as_ref().map(|vm| vm.built_at)
     }
 
     /// What the guest has signalled since the last look.

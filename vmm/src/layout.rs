@@ -34,6 +34,8 @@ pub const LOW_RAM_END: u64 = 0xa_0000;
 pub const ACPI_TABLES: GuestAddress = GuestAddress(0xe_0000);
 /// SMBIOS entry point and tables.
 pub const SMBIOS: GuestAddress = GuestAddress(0xf_0000);
+/// Where a PC's firmware begins: a guest that jumps there wants to restart.
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Where kernels go.
 pub const HIGH_RAM: GuestAddress = GuestAddress(0x10_0000);
 

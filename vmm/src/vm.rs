@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use devices::acpi::{GED_PORTS, Ged, SLEEP_PORTS, SleepAndReset};
 use devices::bus::{Bus, BusDevice};
+use devices::config::Invalid;
 use devices::event::{DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
 use devices::legacy::{
-    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugPort, I8042, I8042_PORTS, PM_TIMER_PORTS,
-    PmTimer, SERIAL_PORTS, SerialDevice,
+    CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugConsoleConfig, DebugPort, I8042, I8042_PORTS,
+    PM_TIMER_PORTS, PmTimer, SERIAL_PORTS, SerialDevice,
 };
 use devices::pci::bus::{PORTS, PciBus};
 use devices::pci::hotplug::{HOTPLUG_PORTS, PciHotplug};
@@ -57,7 +58,35 @@ pub struct Vm {
     pub devices: DeviceManager,
     /// What the guest does to the machine.
     pub signals: Arc<GuestSignals>,
+    /// When it was ready to run.
+    pub built_at: Instant,
     ged: Arc<Ged>,
+}
+
+/// The I/O ports that the machine's own devices have: first port and number.
+const PORTS_TAKEN: &[(u64, u64)] = &[
+    (ACPI_SLEEP_PORT, SLEEP_PORTS),
+    (CMOS_PORT, CMOS_PORTS),
+    (GED_PORT, GED_PORTS),
+    (HOTPLUG_PORT, HOTPLUG_PORTS),
+    (I8042_PORT, I8042_PORTS),
+    (PCI_CONFIG_PORT, PORTS),
+    (PM_TIMER_PORT, PM_TIMER_PORTS),
+    (POST_PORT, 1),
+    (SERIAL_PORT, SERIAL_PORTS),
+];
+
+/// Refuses a debug port at a port that another device has.
+pub fn check_debug_port(config: &DebugConsoleConfig) -> Result<(), Invalid> {
+    let port = u64::from(config.iobase);
+    let taken = |(base, len): &(u64, u64)| (*base..base + len).contains(&port);
+    if config.mode != ConsoleMode::Off && PORTS_TAKEN.iter().any(taken) {
+        return Err(Invalid::new(
+            "iobase",
+            format!("port {port:#x} belongs to another device"),
+        ));
+    }
+    Ok(())
 }
 
 /// The buses while devices are being put on them.
@@ -132,7 +161,10 @@ impl Vm {
             seccomp: environment.seccomp,
             sink: event_sink(environment.events.clone(), signals.clone()),
         });
-        for (field, device) in config.devices() {
+        // Who asks for a slot gets it before those that take any.
+        let mut configured = config.devices();
+        configured.sort_by_key(|(_, device)| device.common().pci_device_id.is_none());
+        for (field, device) in configured {
             let id = device.common().id.as_deref().unwrap_or(RNG_ID);
             devices.plug(id, &device).map_err(|e| e.within(&field))?;
         }
@@ -155,6 +187,7 @@ impl Vm {
             vcpus,
             devices,
             signals,
+            built_at: Instant::now(),
             ged,
         })
     }
@@ -165,7 +198,8 @@ impl Vm {
     }
 }
 
-/// The tables that describe the machine to the guest; says where the ACPI ones begin.
+/// What a firmware would leave in memory: the tables that describe the machine, and the way to
+/// restart it. Says where the ACPI tables begin.
 fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error> {
     // 64 vCPUs never get beyond the ids that need an x2APIC, however they are arranged.
     let apic_ids = (0..config.cpus.boot_vcpus)
@@ -174,6 +208,7 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
         .map_err(|e| Error::host("describing the vCPUs to the guest", e))?;
     let platform = config.platform.clone().unwrap_or_default();
     boot::smbios::write_tables(ram, &platform)?;
+    boot::reset_vector::write(ram)?;
     let machine = acpi::Machine {
         apic_ids: &apic_ids,
         serial: config.serial.mode != ConsoleMode::Off,
@@ -181,9 +216,10 @@ fn write_tables(config: &VmConfig, ram: &GuestRam) -> Result<GuestAddress, Error
     acpi::write_tables(ram, &machine)
 }
 
-fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
+/// Opens and checks what the VM boots from.
+pub fn open_payload(config: &VmConfig) -> Result<Payload, Error> {
     let Some(payload) = &config.payload else {
-        return Err(devices::config::Invalid::new(
+        return Err(Invalid::new(
             "payload",
             "the VM was created without one, so there is nothing to boot",
         )

@@ -2,11 +2,12 @@
 //!
 //! Each command is one arm of [`Vmm::command`]; each thing the guest can do to the machine is one
 //! line of [`Vmm::guest`]. Whatever happens, the new status is published before the answer is
-//! given, so that a client that has its answer reads a `vm.info` that agrees with it.
+//! given and before the event tells of it, so that a client that has either reads a `vm.info` that
+//! agrees with it.
 
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use devices::config::DeviceConfig;
 use devices::sandbox::{self, Filter, SeccompMode};
@@ -21,6 +22,10 @@ use crate::state::{State, Verb, check};
 use crate::status::PciDeviceInfo;
 use crate::syscalls;
 use crate::vm::Environment;
+
+/// The least time between two boots when it is the guest that resets itself. It may do so in an
+/// endless loop; each round costs the host the making of a machine, and five events.
+const RESET_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How the process was told to behave.
 #[derive(Clone, Copy, Debug, Default)]
@@ -96,6 +101,10 @@ impl Vmm {
                 break;
             }
         }
+        // Before the end is told and the process may exit: consoles write out what they hold, give
+        // the terminal its mode back and remove their sockets.
+        self.created = None;
+        self.publish();
         self.emit("vmm", "shutdown", &[]);
         self.endpoint.ended.send_replace(true);
     }
@@ -103,17 +112,7 @@ impl Vmm {
     /// The next message, or `None` when a deadline has passed.
     fn next_message(&self) -> Option<Message> {
         let deadline = self.created.as_ref().and_then(Created::next_deadline);
-        match deadline {
-            None => Some(self.endpoint.inbox.recv().unwrap_or(Message::Terminate)),
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                match self.endpoint.inbox.recv_timeout(left) {
-                    Ok(message) => Some(message),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
-                }
-            }
-        }
+        receive(&self.endpoint.inbox, deadline)
     }
 
     fn command(&mut self, command: Command) -> Flow {
@@ -123,7 +122,7 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Boot { reply } => {
-                let result = self.boot(Verb::Boot);
+                let result = self.boot(false);
                 self.answer(reply, result);
             }
             Command::Shutdown { reply } => {
@@ -131,7 +130,10 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::Reboot { reply } => {
-                let result = self.legal(Verb::Reboot).and_then(|()| self.reboot());
+                let result = self
+                    .created(Verb::Reboot)
+                    .and_then(|c| c.check_payload())
+                    .and_then(|()| self.reboot(false));
                 self.answer(reply, result);
             }
             Command::Pause { reply } => {
@@ -194,6 +196,12 @@ impl Vmm {
         self.endpoint.status.send_replace(status);
     }
 
+    /// Publishes what has become of the VM, then tells the event.
+    fn tell(&self, event: &'static str) {
+        self.publish();
+        self.emit("vm", event, &[]);
+    }
+
     fn emit(&self, source: &'static str, event: &'static str, properties: &[(&str, &str)]) {
         self.endpoint.events.emit(source, event, properties);
     }
@@ -218,73 +226,79 @@ impl Vmm {
         Ok(())
     }
 
-    fn boot(&mut self, verb: Verb) -> Result<(), Error> {
+    fn boot(&mut self, paused: bool) -> Result<(), Error> {
         let environment = Environment {
             seccomp: self.options.seccomp,
             events: self.endpoint.events.clone(),
             inbox: self.endpoint.sender.clone(),
         };
         let events = self.endpoint.events.clone();
-        let created = self.created(verb)?;
+        let created = self.created(Verb::Boot)?;
         events.emit("vm", "booting", &[]);
-        match created.boot(environment) {
-            Ok(()) => {
-                events.emit("vm", "booted", &[]);
-                Ok(())
-            }
+        let result = created.boot(environment, paused);
+        match &result {
+            Ok(()) => self.tell("booted"),
             Err(error) => {
-                events.emit("vm", "boot-failed", &[("reason", &error.to_string())]);
-                Err(error)
+                self.publish();
+                self.emit("vm", "boot-failed", &[("reason", &error.to_string())]);
             }
         }
+        result
     }
 
     fn shutdown(&mut self) -> Result<(), Error> {
         let removed = self.created(Verb::Shutdown)?.power_off();
         self.tell_removed(removed);
-        self.emit("vm", "shutdown", &[]);
+        self.tell("shutdown");
         Ok(())
     }
 
     /// Also what a reset by the guest comes to. A pending removal completes.
-    fn reboot(&mut self) -> Result<(), Error> {
+    fn reboot(&mut self, paused: bool) -> Result<(), Error> {
         self.emit("vm", "rebooting", &[]);
         let removed = self
             .created
             .as_mut()
             .map(Created::power_off)
             .unwrap_or_default();
+        let result = self.boot(paused);
         self.tell_removed(removed);
-        self.boot(Verb::Boot)?;
-        self.emit("vm", "rebooted", &[]);
-        Ok(())
+        // After a failure the VM is off, which clients of Cloud Hypervisor know by this name.
+        let outcome = if result.is_ok() {
+            "rebooted"
+        } else {
+            "shutdown"
+        };
+        self.tell(outcome);
+        result
     }
 
     fn pause(&mut self) -> Result<(), Error> {
         self.legal(Verb::Pause)?;
         self.emit("vm", "pausing", &[]);
         self.created(Verb::Pause)?.pause()?;
-        self.emit("vm", "paused", &[]);
+        self.tell("paused");
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), Error> {
+        self.legal(Verb::Resume)?;
+        self.emit("vm", "resuming", &[]);
         self.created(Verb::Resume)?.resume()?;
-        self.emit("vm", "resumed", &[]);
+        self.tell("resumed");
         Ok(())
     }
 
     fn delete(&mut self) {
-        let Some(mut created) = self.created.take() else {
+        let Some(created) = &mut self.created else {
             return;
         };
         if created.state() != State::Created {
             created.power_off();
-            self.emit("vm", "shutdown", &[]);
+            self.tell("shutdown");
         }
-        drop(created);
-        self.publish();
-        self.emit("vm", "deleted", &[]);
+        self.created = None;
+        self.tell("deleted");
     }
 
     fn add_device(&mut self, device: DeviceConfig) -> Result<PciDeviceInfo, Error> {
@@ -298,6 +312,7 @@ impl Vmm {
     }
 
     fn tell_removed(&self, removed: Vec<Removed>) {
+        self.publish();
         for device in removed {
             self.emit(
                 "vm",
@@ -323,12 +338,18 @@ impl Vmm {
         }
         if signalled.reset {
             self.emit("vm", "guest-reset", &[]);
-            if let Err(error) = self.reboot() {
+            // The guest may have done it just before it was paused.
+            let paused = self.state() == Some(State::Paused);
+            let since = self.created.as_ref().and_then(Created::booted_at);
+            if let Some(wait) = since.and_then(|at| RESET_INTERVAL.checked_sub(at.elapsed())) {
+                std::thread::sleep(wait);
+            }
+            if let Err(error) = self.reboot(paused) {
                 tracing::error!(%error, "the VM could not boot again after a reset by the guest");
             }
         } else if signalled.vcpu_failed
-            && let Some(created) = &mut self.created
-            && let Err(error) = created.pause()
+            && self.state() == Some(State::Running)
+            && let Err(error) = self.pause()
         {
             tracing::error!(%error, "the VM could not be paused after a vCPU failed");
         }
@@ -340,7 +361,7 @@ impl Vmm {
         if let Some(created) = &mut self.created {
             let removed = created.power_off();
             self.tell_removed(removed);
-            self.emit("vm", "shutdown", &[]);
+            self.tell("shutdown");
         }
         self.publish();
         if self.options.exit_on_power_off {
@@ -354,11 +375,30 @@ impl Vmm {
         let Some(created) = &mut self.created else {
             return;
         };
-        for id in created.expired(Instant::now()) {
-            self.endpoint
-                .events
-                .emit("vm", "device-removal-timed-out", &[("id", &id)]);
-        }
+        let expired = created.expired(Instant::now());
         self.publish();
+        for id in expired {
+            self.emit("vm", "device-removal-timed-out", &[("id", &id)]);
+        }
     }
 }
+
+/// The next message, or `None` when the deadline has passed, however many messages wait: a guest
+/// can see to it that one always does.
+fn receive(inbox: &Receiver<Message>, deadline: Option<Instant>) -> Option<Message> {
+    let Some(deadline) = deadline else {
+        return Some(inbox.recv().unwrap_or(Message::Terminate));
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return None;
+    }
+    match inbox.recv_timeout(left) {
+        Ok(message) => Some(message),
+        Err(RecvTimeoutError::Timeout) => None,
+        Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,25 @@ fn an_empty_object_is_the_default_vm() {
 }
 
 #[test]
+fn an_integer_may_be_written_with_a_point() {
+    let config = vm(json!({
+        "memory": {"size": 268435456.0, "hugepage_size": null},
+        "cpus": {"boot_vcpus": 2.0, "max_vcpus": 2},
+        "disks": [{"path": "/a", "pci_segment": -0.0, "pci_device_id": 7.0}],
+    }))
+    .unwrap();
+    assert_eq!(config.memory.size, 256 << 20);
+    assert_eq!(config.cpus.boot_vcpus, 2);
+    assert_eq!(config.disks[0].common.pci_device_id, Some(7));
+    for wrong in [1.5, 1e300, 18446744073709551616.0] {
+        let (message, _) = refusal(json!({"memory": {"size": wrong}}));
+        assert!(message.contains("must be an integer"), "{message}");
+    }
+    let (message, _) = refusal(json!({"cpus": {"boot_vcpus": -1.0}}));
+    assert!(message.starts_with("cpus.boot_vcpus: "), "{message}");
+}
+
+#[test]
 fn an_empty_body_is_refused_by_saying_what_is_wanted() {
     for bytes in [&b""[..], b" \n"] {
         let error = parse::<VmConfig>(bytes).unwrap_err();

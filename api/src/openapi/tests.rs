@@ -108,6 +108,35 @@ fn every_reference_leads_somewhere() {
     }
 }
 
+#[test]
+fn every_small_integer_of_a_request_has_its_bounds() {
+    let document = document();
+    let mut schemas: Vec<&Value> = operations(&document)
+        .into_iter()
+        .map(|(_, _, operation)| &operation["requestBody"])
+        .collect();
+    let (mut seen, mut count) = (std::collections::BTreeSet::new(), 0);
+    while let Some(value) = schemas.pop() {
+        // Its format can't say that it has less than 32 bits.
+        if value["format"] == "int32" {
+            assert!(
+                value["minimum"].is_i64() && value["maximum"].is_i64(),
+                "{value}"
+            );
+            count += 1;
+        }
+        match value {
+            Value::Object(object) => schemas.extend(object.values()),
+            Value::Array(list) => schemas.extend(list),
+            Value::String(text) if text.starts_with("#/") && seen.insert(text.as_str()) => {
+                schemas.extend(document.pointer(&text[1..]));
+            }
+            _ => {}
+        }
+    }
+    assert!(count > 10);
+}
+
 /// Every example of `schema` or its content, with the name of the schema.
 fn examples(content: &Value) -> Vec<Value> {
     let named = content["examples"].as_object().into_iter().flatten();

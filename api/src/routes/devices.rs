@@ -5,7 +5,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use devices::block::DiskConfig;
 use devices::config::DeviceConfig;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmm::Handle;
 use vmm::command::Command;
@@ -16,7 +16,7 @@ use crate::body::Body;
 use crate::error::ApiError;
 
 /// Which device to remove.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[schema(as = VmRemoveDevice, example = json!({"id": "_disk1"}))]
 pub struct RemoveDevice {
     /// The device's id.

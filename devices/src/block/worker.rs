@@ -2,14 +2,15 @@
 //!
 //! ```text
 //!   doorbell ─► serve: pop, parse, admit ─► engine.push … engine.start (one system call)
-//!                 ▲        │ no slot free        │ not admitted
+//!                 ▲        │ enough in flight    │ not admitted
 //!                 │        ▼                     ▼
 //!                 │   wait for a completion   wait for the timer
 //!   engine ───► collect: status byte, used ring … one interrupt for all
 //! ```
 //!
 //! While the queue is being served the driver is told not to ring. Nothing here is allocated per
-//! request, and the only lock is the rate limiter's, where there is one: a disk's queues share it.
+//! request, unless it is in very many pieces, and the only lock is the rate limiter's, where there
+//! is one: a disk's queues share it.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,6 +34,10 @@ const BLOCKING_BATCH: usize = 16;
 /// Batches served in a row before orders are looked at: a driver that never stops adding chains
 /// must not keep its device from being paused.
 const ROUNDS: usize = 8;
+/// Work that a queue takes on before it looks at its orders again, and has in flight at most beside
+/// one request, in bytes as [`Pending::weight`] counts: a driver may ask for 4 GiB in each request,
+/// and all of what is in flight is waited for when the device is paused or reset.
+pub const MAX_IN_FLIGHT: u64 = 64 << 20;
 /// Seconds between log lines about chains that make no sense.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -63,14 +68,33 @@ struct Pending {
     started: Instant,
 }
 
+impl Pending {
+    /// How long it may take, in bytes of a transfer; a hole takes little beside its length.
+    fn weight(&self) -> u64 {
+        match self.operation {
+            Operation::Discard => self.length / 64,
+            _ => self.length,
+        }
+    }
+}
+
 /// The queue while the driver is running.
 struct Active {
     queue: VirtQueue,
     /// By the tag of the engine's request.
     pending: Vec<Option<Pending>>,
     free: Vec<u16>,
+    /// The weight of what is pending.
+    in_flight: u64,
     /// Something was used since the driver was last interrupted.
     unannounced: bool,
+}
+
+impl Active {
+    /// Whether something must be completed before more can be taken.
+    fn is_full(&self) -> bool {
+        self.free.is_empty() || self.in_flight >= MAX_IN_FLIGHT
+    }
 }
 
 /// Why popping stopped.
@@ -78,7 +102,7 @@ struct Active {
 enum Stop {
     Empty,
     BatchFull,
-    NoSlot,
+    Full,
     Throttled,
 }
 
@@ -90,7 +114,9 @@ pub struct QueueHandler {
     timer: Timer,
     parser: Parser,
     active: Option<Active>,
-    /// Chains wait for a slot.
+    /// The weight of what was taken since orders were looked at.
+    taken: u64,
+    /// Chains wait for a completion.
     starved: bool,
     /// The engine failed with requests in flight; their tags must never be used again.
     broken: bool,
@@ -115,6 +141,7 @@ impl QueueHandler {
             engine,
             parser: Parser::default(),
             active: None,
+            taken: 0,
             starved: false,
             broken: false,
             spare: Vec::with_capacity(size),
@@ -127,7 +154,11 @@ impl QueueHandler {
     /// Takes what the driver has made available, until there is nothing or nothing more can be
     /// taken.
     fn serve(&mut self) -> Result<(), WorkerError> {
+        self.taken = 0;
         for _ in 0..ROUNDS {
+            if self.taken >= MAX_IN_FLIGHT {
+                break;
+            }
             let Some(active) = &mut self.active else {
                 return Ok(());
             };
@@ -147,11 +178,11 @@ impl QueueHandler {
                         return Ok(());
                     }
                 }
-                Stop::NoSlot if active.free.is_empty() => {
+                Stop::Full if active.is_full() => {
                     self.starved = true;
                     return Ok(());
                 }
-                Stop::NoSlot | Stop::BatchFull => {}
+                Stop::Full | Stop::BatchFull => {}
                 Stop::Throttled => return Ok(()),
             }
         }
@@ -174,8 +205,8 @@ impl QueueHandler {
             let Some(active) = &mut self.active else {
                 break;
             };
-            if active.free.is_empty() {
-                return Ok(Stop::NoSlot);
+            if active.is_full() {
+                return Ok(Stop::Full);
             }
             let Some(chain) = active.queue.pop()? else {
                 return Ok(Stop::Empty);
@@ -277,6 +308,8 @@ impl QueueHandler {
             length: pending.length,
             buffers,
         };
+        self.taken += pending.weight();
+        active.in_flight += pending.weight();
         active.pending[usize::from(tag)] = Some(pending);
         self.engine.push(request);
     }
@@ -315,6 +348,7 @@ impl QueueHandler {
             return Ok(());
         };
         active.free.push(completion.tag);
+        active.in_flight = active.in_flight.saturating_sub(pending.weight());
         let (status, written) = match completion.result {
             Ok(()) => {
                 let latency = now.saturating_duration_since(pending.started);
@@ -420,6 +454,7 @@ impl Handler for QueueHandler {
             queue,
             pending: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
+            in_flight: 0,
             unannounced: false,
         });
         self.serve()

@@ -23,6 +23,10 @@ use crate::guest_memory::GuestRam;
 /// The most parts one vectored system call takes (`IOV_MAX`).
 const MAX_PARTS: usize = libc::UIO_MAXIOV as usize;
 
+/// The most parts whose allocation outlives a request: a guest may send a thousand requests of a
+/// thousand parts each once, and is not to be remembered for it.
+const KEPT_PARTS: usize = 64;
+
 /// Part of the range is not guest memory.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the range is not in guest memory")]
@@ -59,7 +63,8 @@ pub(super) fn as_iovecs(parts: &[Part]) -> *const libc::iovec {
 
 /// Pieces of guest memory, in order, to read into or write from.
 ///
-/// Keeps its allocation when cleared, so that one can serve many requests.
+/// Keeps its allocation when cleared, so that one can serve many requests; a large one is given
+/// back.
 #[derive(Default)]
 pub struct Buffers {
     parts: Vec<Part>,
@@ -171,6 +176,9 @@ impl Buffers {
     /// Forgets all parts and lets go of the memory.
     pub fn clear(&mut self) {
         self.parts.clear();
+        if self.parts.capacity() > KEPT_PARTS {
+            self.parts = Vec::new();
+        }
         self.first = 0;
         self.bytes = 0;
         self.memory = None;
@@ -354,4 +362,29 @@ pub(super) fn write_at(
         )
     };
     usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    #[test]
+    fn buffers_keep_an_ordinary_allocation_and_give_a_large_one_back() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = Arc::new(memory);
+        let mut buffers = Buffers::default();
+        for (pieces, kept) in [(KEPT_PARTS, true), (1000, false)] {
+            for piece in 0..pieces as u64 {
+                buffers
+                    .push(&memory, GuestAddress(piece * 1024), 512)
+                    .unwrap();
+            }
+            assert_eq!(buffers.len_bytes(), 512 * pieces as u64);
+            buffers.clear();
+            assert_eq!(buffers.parts.capacity() >= pieces, kept);
+            assert!(buffers.parts.capacity() <= KEPT_PARTS);
+        }
+    }
 }

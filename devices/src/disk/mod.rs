@@ -10,7 +10,7 @@
 //! ever need; it then hands out one [`Queue`] per device thread. A queue owns a request, with the
 //! guest memory it points to, from [`Queue::push`] until its [`Completion`] is given back, so
 //! nothing is freed or unmapped while the kernel may still write to it, and a caller that reuses
-//! the returned [`Buffers`] allocates nothing per request.
+//! the returned [`Buffers`] allocates nothing per request, unless it is in very many pieces.
 //!
 //! An engine does a request as a whole: it continues short transfers, moves misaligned buffers
 //! through a bounce buffer, and falls back where the file system lacks an operation. It may hold a
@@ -70,7 +70,8 @@ pub enum Operation {
         /// Complete only when the data would survive a power cut.
         durable: bool,
     },
-    /// Make all that has been completed survive a power cut; has no range.
+    /// Make all that has been completed survive a power cut; has no range. After one through the
+    /// page cache that failed all others fail too, until the image is opened anew.
     Flush,
     /// Give its space back to the host; what it then reads is not promised. A hint: no error where
     /// the host can't.

@@ -203,8 +203,7 @@ fn invalid(reason: String) -> BuildError {
 }
 
 fn refused(path: &Path, error: Errno) -> BuildError {
-    let error = io::Error::from(error);
-    invalid(format!("{} can't be opened: {error}", path.display()))
+    BuildError::cannot_open("path", path, error)
 }
 
 fn lock_failed(path: &Path, error: LockError) -> BuildError {

@@ -141,6 +141,9 @@ impl Ring {
 
     /// Makes the descriptor unreadable until the next completion.
     pub fn acknowledge(&mut self) {
+        // That completions are ready makes it readable, and that they are put into the ring does so
+        // again: not after this. Who fetches next finds, and reports, what goes wrong here.
+        let _ = self.fetch();
         // Empty when somebody has been here already.
         let _ = self.ready.read();
     }

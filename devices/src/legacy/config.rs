@@ -52,7 +52,7 @@ pub struct DebugConsoleConfig {
     pub file: Option<PathBuf>,
     /// The I/O port; 0xe9 when absent.
     #[serde(default = "debug_port", deserialize_with = "null_is_debug_port")]
-    #[schema(value_type = Option<u16>)]
+    #[schema(value_type = Option<u16>, maximum = 65535)]
     pub iobase: u16,
 }
 

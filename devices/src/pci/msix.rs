@@ -143,6 +143,12 @@ impl Msix {
             return;
         }
         (table.enabled, table.function_masked) = (enabled, function_masked);
+        if enabled {
+            // First the gates, shut as they are: whoever finds MSI-X enabled leaves a pending bit.
+            for vector in &self.vectors {
+                vector.lock().enabled = true;
+            }
+        }
         self.enabled.store(enabled, Ordering::SeqCst);
         for index in 0..self.vectors.len() {
             self.settle(&mut table, index);
@@ -340,6 +346,8 @@ mod tests {
         routes: Mutex<Vec<(u64, u32)>>,
         fired: AtomicUsize,
         refuse: AtomicBool,
+        /// What happens elsewhere while it is being routed.
+        meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     }
 
     impl MsiVector for Recorder {
@@ -348,6 +356,9 @@ mod tests {
                 return Err(io::ErrorKind::OutOfMemory.into());
             }
             self.routes.lock().unwrap().push((address, data));
+            if let Some(meanwhile) = self.meanwhile.lock().unwrap().take() {
+                meanwhile();
+            }
             Ok(())
         }
         fn trigger(&self) -> io::Result<()> {
@@ -420,6 +431,20 @@ mod tests {
         assert!(!msix.trigger(0));
         msix.set_control(CONTROL_ENABLE);
         assert_eq!((pending(&msix), vectors[0].fired()), (0, 0));
+    }
+
+    #[test]
+    fn a_trigger_while_msix_is_being_enabled_is_not_lost() {
+        let (msix, vectors) = msix(2);
+        program(&msix, 0, 0x40, 0);
+        program(&msix, 1, 0x41, 0);
+        let worker = msix.clone();
+        *vectors[0].meanwhile.lock().unwrap() = Some(Box::new(move || {
+            assert!(worker.enabled());
+            assert!(worker.trigger(1), "it was swallowed");
+        }));
+        msix.set_control(CONTROL_ENABLE);
+        assert_eq!(vectors[1].fired(), 1);
     }
 
     #[test]

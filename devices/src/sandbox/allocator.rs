@@ -8,25 +8,39 @@
 
 use std::sync::Once;
 
-/// Settles malloc for good. The first filter is compiled before any is installed, and in the
-/// product before there is a second thread.
-pub fn settle() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
+static SETTLED: Once = Once::new();
+
+/// Has all threads share the heap of the first. For the start of `main`, while there is no other
+/// thread.
+pub fn share_one_heap() {
+    SETTLED.call_once(limit_heaps);
+}
+
+/// The same where threads may have heaps of their own already, as in tests: has one of them shrink
+/// now, which is looked up once in a process. Called before any filter is installed; costs
+/// milliseconds, and nothing after [`share_one_heap`].
+pub(super) fn settle() {
+    SETTLED.call_once(|| {
+        // Enough for it to shrink. Not 2 MiB: what a heap has grown to stays mapped, begins at a
+        // huge page's boundary, and is used again by the next thread; where the host gives
+        // transparent huge pages to all (Debian does), that thread's first touch cost 2 MiB.
         let churn = || {
             drop(std::hint::black_box(
-                [(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)),
+                [(); 24].map(|()| Vec::<u8>::with_capacity(32 << 10)),
             ));
         };
-        // In a test, threads with heaps of their own are there already: have one of them shrink
-        // now. Without a thread there is nothing to settle.
+        // Without a thread there is nothing to settle.
         if let Ok(thread) = std::thread::Builder::new().spawn(churn) {
             let _ = thread.join();
         }
-        // SAFETY: it sets a number within malloc, which takes its own lock. Where it is refused
-        // things stay as they were.
-        unsafe {
-            libc::mallopt(libc::M_ARENA_MAX, 1);
-        }
+        limit_heaps();
     });
+}
+
+fn limit_heaps() {
+    // SAFETY: it sets a number within malloc, which takes its own lock. Where it is refused things
+    // stay as they were.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }

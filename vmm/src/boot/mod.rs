@@ -13,6 +13,7 @@ mod kvm;
 mod load;
 mod map;
 mod payload;
+pub mod reset_vector;
 pub mod smbios;
 #[cfg(test)]
 pub(crate) mod test_payload;

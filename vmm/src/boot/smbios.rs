@@ -14,9 +14,9 @@ use crate::layout;
 const ENTRY_POINT_BYTES: usize = 24;
 /// The structures begin here, from the entry point.
 const STRUCTURES_OFFSET: u64 = 32;
-/// From the structures' start to the end of the first MiB.
+/// From the structures' start to what stands at the end of the first MiB.
 const STRUCTURES_MAX_BYTES: usize =
-    (layout::HIGH_RAM.0 - layout::SMBIOS.0 - STRUCTURES_OFFSET) as usize;
+    (layout::RESET_VECTOR.0 - layout::SMBIOS.0 - STRUCTURES_OFFSET) as usize;
 
 const MANUFACTURER: &str = "ballast";
 const PRODUCT: &str = "ballast";

@@ -36,12 +36,16 @@ pub struct CpusConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CpuTopology {
     /// Threads of a core: 1 or 2.
+    #[schema(minimum = 1, maximum = 2)]
     pub threads_per_core: u16,
     /// Cores of a die.
+    #[schema(minimum = 1, maximum = 64)]
     pub cores_per_die: u16,
     /// Dies of a package: 1.
+    #[schema(minimum = 1, maximum = 1)]
     pub dies_per_package: u16,
     /// Packages (sockets).
+    #[schema(minimum = 1, maximum = 64)]
     pub packages: u16,
 }
 

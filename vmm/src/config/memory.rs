@@ -10,7 +10,12 @@ const MIB: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryConfig {
     /// Bytes: a multiple of 4096 (of the huge page size with `hugepages`), at least 16 MiB.
-    #[schema(minimum = 16777216, example = 536870912)]
+    #[schema(
+        minimum = 16777216,
+        maximum = 35184372088832_u64,
+        multiple_of = 4096,
+        example = 536870912
+    )]
     pub size: u64,
     /// Let KSM merge equal pages (MADV_MERGEABLE); only private memory can be.
     #[serde(default)]
@@ -64,9 +69,9 @@ impl MemoryConfig {
                 format!("is {} bytes, must be at least 16 MiB", self.size),
             ));
         }
-        // What 46 bits of physical address leave beside the PCI hole.
-        if self.size > 32 << 40 {
-            return Err(Invalid::new("size", "must be at most 32 TiB"));
+        // A memory slot of KVM has fewer than 2^31 pages.
+        if self.size > 8 << 40 {
+            return Err(Invalid::new("size", "must be at most 8 TiB"));
         }
         let page = match (self.hugepages, self.hugepage_size) {
             (false, None) => 4096,

@@ -166,3 +166,10 @@ fn meminfo_lines_are_found_by_their_whole_name() {
     assert_eq!(host::parse_meminfo(text, "HugePages_Total"), None);
     assert_eq!(host::parse_meminfo("X: 99999999999999999999 kB", "X"), None);
 }
+
+#[test]
+fn what_kvm_has_no_memory_for_is_a_lack_of_memory() {
+    let outcome = |errno| super::not_attached(kvm_ioctls::Error::new(errno));
+    assert!(matches!(outcome(libc::ENOMEM), Error::OutOfMemory(_)));
+    assert!(matches!(outcome(libc::EINVAL), Error::Host { .. }));
+}

@@ -264,6 +264,11 @@ impl Driver {
         self.kick.write(1).unwrap();
     }
 
+    /// Whether the doorbell was rung since the last look.
+    pub fn rung(&self) -> bool {
+        self.kick.read().is_ok()
+    }
+
     fn used_index(&self) -> u16 {
         self.memory
             .load(GuestAddress(self.used_ring() + 2), Ordering::SeqCst)

@@ -150,3 +150,47 @@ fn a_disk_paused_or_reset_while_throttled_does_not_hang() {
     disk.driver.activate(worker, 0);
     assert_eq!(disk.flush(), OK);
 }
+
+#[test]
+fn a_disk_whose_id_has_a_zero_byte_ends_no_process() {
+    let image = image();
+    let mut config = config(&image, PLAIN);
+    config.common.id = Some("a\0b".into());
+    let reporter = Reporter::new("a\0b", Arc::new(|_, _| {}));
+    let context = BuildContext {
+        reporter,
+        seccomp: SeccompMode::Enforce,
+    };
+    Block::new(&config, context).unwrap();
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_an_error_and_not_the_end_of_the_process() {
+    // The limit is the whole process's, so there is one to end.
+    const INSIDE: &str = "BALLAST_TEST_WITH_FILE_LIMIT";
+    if std::env::var_os(INSIDE).is_none() {
+        let path = "block::tests::faults::a_limit_on_the_size_of_files_is_an_error_and_not_the_end_\
+                    of_the_process";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", path, "--nocapture"])
+            .env(INSIDE, "1")
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{} {told}", output.status);
+        assert!(told.contains("1 passed"), "{told}");
+        return;
+    }
+    for setup in setups() {
+        let mut disk = Disk::new(setup);
+        let limit = rustix::process::Rlimit {
+            current: Some(1 << 20),
+            maximum: None,
+        };
+        let before = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
+        assert_eq!(disk.write(4096, &[1; 512]), IOERR, "{setup:?}");
+        assert_eq!(disk.write(0, &[1; 512]), OK, "{setup:?}");
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, before).unwrap();
+    }
+}

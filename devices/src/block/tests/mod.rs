@@ -3,8 +3,11 @@
 
 pub(crate) mod driver;
 mod faults;
+mod hostile;
 mod io;
+mod load;
 mod malicious;
+mod model;
 mod qcow2;
 
 use std::fs::File;

@@ -74,6 +74,9 @@ impl Job {
         let mut aligned = (request.offset | request.length).is_multiple_of(block);
         let plan = match request.operation {
             Operation::Flush => {
+                if let Err(error) = host.synced(Ok(())) {
+                    return Err(refusal(request, error));
+                }
                 aligned = true;
                 Plan::Sync
             }
@@ -200,6 +203,9 @@ impl Job {
                 After::Next
             }
             (Plan::PunchHole | Plan::ZeroRange, Ok(_)) => self.zeroed(),
+            (Plan::Sync, result) => {
+                After::Done(host.synced(result.map(drop)).map_err(io::Error::from))
+            }
             (_, Ok(_)) => After::Done(Ok(())),
             (_, Err(error)) => After::Done(Err(error.into())),
         }

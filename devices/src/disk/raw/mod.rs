@@ -16,7 +16,9 @@ pub use uring::SYSCALLS as URING_SYSCALLS;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use rustix::io::Errno;
 
 use super::lock::ImageLock;
 use super::{Geometry, Image, OpenOptions, Queue, open, ring};
@@ -43,6 +45,26 @@ struct Host {
     /// Set when the file system turned out to lack the operation, so as not to ask again.
     no_punch_hole: AtomicBool,
     no_zero_range: AtomicBool,
+    /// The error of a sync that failed, or 0. The kernel tells it once and may have forgotten the
+    /// data, so that what was completed before can't be made to survive a power cut any more.
+    lost: AtomicI32,
+}
+
+impl Host {
+    /// Takes the result of a sync, and says what it means: after one that failed none succeeds any
+    /// more. Without the page cache the kernel has kept nothing that it could forget.
+    fn synced(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        if self.direct_memory_align.is_some() {
+            return result;
+        }
+        if let Err(error) = result {
+            self.lost.store(error.raw_os_error(), Ordering::SeqCst);
+        }
+        match self.lost.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(Errno::from_raw_os_error(errno)),
+        }
+    }
 }
 
 impl RawImage {
@@ -57,6 +79,7 @@ impl RawImage {
                 block_device: opened.block_device,
                 no_punch_hole: AtomicBool::new(false),
                 no_zero_range: AtomicBool::new(false),
+                lost: AtomicI32::new(0),
             }),
             size_bytes: opened.size_bytes,
             geometry: opened.geometry,

@@ -199,6 +199,36 @@ fn reads_past_the_end_fail_and_holes_read_as_zeroes() {
 }
 
 #[test]
+fn a_completion_wakes_the_thread_once() {
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+    let mut engine = engine(&folder(), false, true);
+    let Some(descriptor) = engine.queue.descriptor() else {
+        return;
+    };
+    let epoll = Epoll::new().unwrap();
+    epoll
+        .ctl(
+            ControlOperation::Add,
+            descriptor,
+            EpollEvent::new(EventSet::IN, 0),
+        )
+        .unwrap();
+    let readable = |ms| epoll.wait(ms, &mut [EpollEvent::default()]).unwrap() == 1;
+    for _ in 0..100 {
+        let request = engine.request(0, Operation::Read, 0, 4096);
+        engine.queue.push(request);
+        engine.queue.start().unwrap();
+        let mut completed = Vec::new();
+        while completed.is_empty() {
+            assert!(readable(20_000), "it was never told");
+            engine.queue.acknowledge();
+            engine.queue.poll(&mut completed).unwrap();
+        }
+        assert!(!readable(0), "it would be woken for nothing");
+    }
+}
+
+#[test]
 fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
     for _ in 0..50 {
         let mut engine = engine(&folder(), false, true);
@@ -253,6 +283,48 @@ impl Drop for Loop {
             .args(["--detach", &self.device])
             .status();
         assert!(status.unwrap().success());
+    }
+}
+
+/// A flush of an image through the page cache or not, to which the host kernel says `result`.
+fn flush(host: &Host, result: Result<usize, Errno>) -> io::Result<()> {
+    use super::job::{After, Job, Step};
+    let request = Request {
+        tag: 0,
+        operation: Operation::Flush,
+        offset: 0,
+        length: 0,
+        buffers: Buffers::default(),
+    };
+    let mut job = match Job::new(request, host) {
+        Ok(job) => job,
+        Err(refused) => return refused.result,
+    };
+    assert_eq!(job.step(), Some(Step::Sync));
+    match job.finished(result, host) {
+        After::Done(result) => result,
+        After::Next => panic!("a flush has one step"),
+    }
+}
+
+#[test]
+fn after_a_failed_flush_through_the_page_cache_none_succeeds_any_more() {
+    for (direct, later) in [(false, Some(libc::EIO)), (true, None)] {
+        let host = Host {
+            file: Arc::new(tempfile::tempfile().unwrap()),
+            direct_memory_align: direct.then_some(512),
+            logical_block: 512,
+            block_device: false,
+            no_punch_hole: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+            lost: AtomicI32::new(0),
+        };
+        flush(&host, Ok(0)).unwrap();
+        let first = flush(&host, Err(Errno::IO)).unwrap_err();
+        assert_eq!(first.raw_os_error(), Some(libc::EIO));
+        // The kernel tells each error once, and has forgotten the data.
+        let second = flush(&host, Ok(0)).err();
+        assert_eq!(second.and_then(|e| e.raw_os_error()), later, "{direct}");
     }
 }
 

