@@ -118,6 +118,9 @@ pub const BUILD: &[Allow] = &[
     allow!(newfstatat),
     allow!(openat, 2 => Test::Without((libc::O_CREAT | libc::O_TRUNC) as u64)),
     allow!(pidfd_open),
+    // Reading what an image says about itself.
+    allow!(preadv),
+    allow!(preadv2),
     allow!(statx),
     allow!(timerfd_create),
 ];

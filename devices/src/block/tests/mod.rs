@@ -8,6 +8,7 @@ mod io;
 mod load;
 mod malicious;
 mod model;
+mod qcow2;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -29,6 +29,7 @@ fn engine(folder: &str, sync: bool, direct: bool) -> Engine {
         direct,
         disable_io_uring: sync,
         lock: LockGranularity::ByteRange,
+        backing_files: false,
     })
     .unwrap();
     Engine {
@@ -340,6 +341,7 @@ fn a_block_device_is_a_disk_like_any_other() {
                 direct,
                 disable_io_uring: sync,
                 lock: LockGranularity::ByteRange,
+                backing_files: false,
             })
             .unwrap();
             assert_eq!(image.size_bytes(), SIZE);
