@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use devices::balloon::BalloonInfo;
 use devices::config::DeviceConfig;
 use devices::sandbox::{self, Filter, SeccompMode};
+use devices::worker::STACK_BYTES;
 
 use crate::balloons;
 use crate::command::{Command, Endpoint, Handle, Message, Reply, channel};
@@ -48,6 +49,7 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
     let (installed, outcome) = std::sync::mpsc::channel::<Result<(), sandbox::SandboxError>>();
     std::thread::Builder::new()
         .name("vmm".to_owned())
+        .stack_size(2 * STACK_BYTES)
         .spawn(move || {
             let result = filter.install();
             let go = result.is_ok();

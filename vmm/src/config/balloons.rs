@@ -17,6 +17,7 @@ pub const BALLOON_ID: &str = "__balloon";
 pub struct VmResize {
     /// Number of vCPUs. It can't be changed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 64)]
     pub desired_vcpus: Option<u32>,
     /// Bytes of RAM. They can't be changed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
