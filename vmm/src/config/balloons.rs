@@ -17,6 +17,7 @@ pub const BALLOON_ID: &str = "__balloon";
 pub struct VmResize {
     /// Number of vCPUs. It can't be changed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 64)]
     pub desired_vcpus: Option<u32>,
     /// Bytes of RAM. They can't be changed yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -161,7 +162,7 @@ mod tests {
             ..balloon(0)
         };
         assert_eq!(field(&config(&[balloon(0), reporter.clone()])), None);
-        let mut two = config(&[reporter.clone()]);
+        let mut two = config(std::slice::from_ref(&reporter));
         two.balloon = Some(reporter);
         assert_eq!(field(&two).unwrap(), "balloons[0].free_page_reporting");
     }
