@@ -158,15 +158,23 @@ fn half_of_a_guests_memory_comes_to_the_host_and_goes_back() {
         let info = vm.vm().api.get("vm.info");
         assert_eq!(info["memory_actual_size"], 512 * MIB);
         let shown = vm.balloon(&id);
-        assert_eq!((&shown["state"], &shown["actual"]), (&json!("reached"), &json!(size)));
+        assert_eq!(
+            (&shown["state"], &shown["actual"]),
+            (&json!("reached"), &json!(size))
+        );
         assert_eq!(shown["ignored"], 0);
         let free_memory = &shown["statistics"]["free_memory"];
         assert!(free_memory["value"].as_u64() > Some(0), "{shown}");
         assert!(free_memory["age_ms"].as_u64() < Some(5000), "{shown}");
 
         let given = vm.resize(&id, 0);
-        println!("shared {shared}: deflated {:.2} GiB/s", gib_per_second(size, given));
-        assert!(free(&mut vm) > free_before - 32 * MIB);
+        println!(
+            "shared {shared}: deflated {:.2} GiB/s",
+            gib_per_second(size, given)
+        );
+        eventually("the guest has its memory back", || {
+            (free(&mut vm) > free_before - size / 8).then_some(())
+        });
         vm.touch_all();
         vm.vm().assert_guest_content();
     }
@@ -220,7 +228,10 @@ fn two_balloons_have_targets_of_their_own() {
     let stats = vm.vm().api.get("vm.balloon-stats");
     assert_eq!(stats["balloon_actual"], 0);
     let total = stats["stats"]["total_memory"].as_u64();
-    assert!(total > Some(100 * MIB) && total < Some(256 * MIB), "{stats}");
+    assert!(
+        total > Some(100 * MIB) && total < Some(256 * MIB),
+        "{stats}"
+    );
     vm.vm().remove_device("__balloon");
     vm.vm().remove_device("second");
 }
@@ -254,11 +265,17 @@ fn a_guest_short_of_memory_takes_it_out_of_the_balloon() {
         config["memory"] = json!({"size": 512 * MIB});
         config["balloon"] = json!({"size": 0, "deflate_on_oom": true});
     });
-    let free = vm.vm().agent.number("awk '/MemFree/ {print $2}' /proc/meminfo") * 1024;
+    let free = vm
+        .vm()
+        .agent
+        .number("awk '/MemFree/ {print $2}' /proc/meminfo")
+        * 1024;
     let size = (free - 80 * MIB) / 4096 * 4096;
     vm.resize("__balloon", size);
     // dd has all of its block in memory at once.
-    vm.vm().agent.ok("dd if=/dev/zero of=/dev/null bs=200M count=1");
+    vm.vm()
+        .agent
+        .ok("dd if=/dev/zero of=/dev/null bs=200M count=1");
     let shown = vm.balloon("__balloon");
     assert!(shown["actual"].as_u64() < Some(size), "{shown}");
     assert_eq!(shown["target"], size);
