@@ -172,7 +172,9 @@ fn half_of_a_guests_memory_comes_to_the_host_and_goes_back() {
             "shared {shared}: deflated {:.2} GiB/s",
             gib_per_second(size, given)
         );
-        assert!(free(&mut vm) > free_before - 32 * MIB);
+        eventually("the guest has its memory back", || {
+            (free(&mut vm) > free_before - size / 8).then_some(())
+        });
         vm.touch_all();
         vm.vm().assert_guest_content();
     }

@@ -68,6 +68,11 @@ pub fn merge(ranges: &mut Vec<Range<u64>>) {
 
 #[cfg(test)]
 mod tests {
+    #![expect(
+        clippy::single_range_in_vec_init,
+        reason = "lists of ranges are what is tested"
+    )]
+
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;

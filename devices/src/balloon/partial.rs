@@ -129,6 +129,11 @@ fn join(ranges: &mut Vec<Range<u64>>, next: Range<u64>) {
 
 #[cfg(test)]
 mod tests {
+    #![expect(
+        clippy::single_range_in_vec_init,
+        reason = "lists of ranges are what is tested"
+    )]
+
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;

@@ -76,13 +76,6 @@ impl Watch {
             _ => None,
         };
         self.told = Some(state);
-        if let Some(news) = news {
-            self.reporter.report(DeviceEvent::Balloon {
-                news,
-                target_bytes: target,
-                actual_bytes: actual,
-            });
-        }
         let rate = match (state, self.seen, since) {
             (State::InProgress, Some((_, before)), Some(since)) => {
                 per_second(before, actual, since)
@@ -90,6 +83,13 @@ impl Watch {
             _ => 0,
         };
         self.shared.rate.store(rate, Ordering::Relaxed);
+        if let Some(news) = news {
+            self.reporter.report(DeviceEvent::Balloon {
+                news,
+                target_bytes: target,
+                actual_bytes: actual,
+            });
+        }
         if state == State::InProgress {
             self.seen = Some((now, actual));
             self.shared.watched.store(true, Ordering::SeqCst);

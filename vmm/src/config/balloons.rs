@@ -162,7 +162,7 @@ mod tests {
             ..balloon(0)
         };
         assert_eq!(field(&config(&[balloon(0), reporter.clone()])), None);
-        let mut two = config(&[reporter.clone()]);
+        let mut two = config(std::slice::from_ref(&reporter));
         two.balloon = Some(reporter);
         assert_eq!(field(&two).unwrap(), "balloons[0].free_page_reporting");
     }
