@@ -220,8 +220,16 @@ fn a_bad_configuration_is_400_names_its_field_and_creates_nothing() {
         ),
         (r#"{"disks":{"path":"/a"}}"#, "disks: must be a list"),
         (
+            r#"{"disks":[{"path":"/a","image_type":"Vhdx"}]}"#,
+            "image_type Vhdx",
+        ),
+        (
             r#"{"disks":[{"path":"/a","image_type":"Qcow2"}]}"#,
-            "image_type Qcow2",
+            "disks[0].readonly",
+        ),
+        (
+            r#"{"disks":[{"path":"/a","backing_files":true}]}"#,
+            "disks[0].backing_files",
         ),
         (r#"{"serial":{"mode":"File"}}"#, "serial.file"),
         (r#"{"console":{"mode":"Pty"}}"#, "console.mode"),

@@ -121,7 +121,6 @@ pub const FIELDS: &[(&str, &[(&str, Inert)])] = &[
     (
         "DiskConfig",
         &[
-            ("backing_files", Inert::Empty),
             ("iommu", Inert::Empty),
             ("queue_affinity", Inert::Empty),
             ("rate_limit_group", Inert::Empty),
@@ -146,7 +145,7 @@ pub const FIELDS: &[(&str, &[(&str, Inert)])] = &[
 ];
 
 /// Values of Cloud Hypervisor's enums that ours do not have, by the name of the schema.
-pub const VALUES: &[(&str, &[&str])] = &[("ImageType", &["FixedVhd", "FlatVmdk", "Qcow2", "Vhdx"])];
+pub const VALUES: &[(&str, &[&str])] = &[("ImageType", &["FixedVhd", "FlatVmdk", "Vhdx"])];
 
 /// Older names that serde accepts beside those of the schema.
 pub const ALIASES: &[(&str, &[&str])] = &[("PlatformConfig", &["serial_number", "uuid"])];

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use devices::sandbox::violation::report_violations;
 use devices::sandbox::{COMMON, Filter, SandboxError, SeccompMode};
+use devices::worker::STACK_BYTES;
 use thiserror::Error;
 use vmm::Handle;
 use vmm::command::Command;
@@ -212,6 +213,7 @@ fn spawn_signal_thread(
     let (installed, outcome) = mpsc::channel();
     std::thread::Builder::new()
         .name(name.to_owned())
+        .stack_size(STACK_BYTES)
         .spawn(move || {
             let result = filter.install();
             let failed = result.is_err();

@@ -3,8 +3,10 @@
 //! A device's own configuration struct stands beside the device. The HTTP body, the config file
 //! and the OpenAPI document all follow from it.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
@@ -116,6 +118,9 @@ pub const BUILD: &[Allow] = &[
     allow!(newfstatat),
     allow!(openat, 2 => Test::Without((libc::O_CREAT | libc::O_TRUNC) as u64)),
     allow!(pidfd_open),
+    // Reading what an image says about itself.
+    allow!(preadv),
+    allow!(preadv2),
     allow!(statx),
     allow!(timerfd_create),
 ];
@@ -155,6 +160,22 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    /// The file that `field` names can't be opened: the file's fault, unless the host or the
+    /// process has run out of something.
+    pub fn cannot_open(field: &str, path: &Path, error: Errno) -> Self {
+        let source = std::io::Error::from(error);
+        match error {
+            Errno::MFILE | Errno::NFILE | Errno::NOMEM => {
+                Self::host(format!("opening {}", path.display()), source)
+            }
+            _ => Invalid::new(
+                field,
+                format!("{} can't be opened: {source}", path.display()),
+            )
+            .into(),
+        }
+    }
+
     /// The host failed while `doing`.
     pub fn host(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
         Self::Host {
@@ -248,6 +269,15 @@ mod tests {
         }
         for id in ["disk", "NIC//name", "_disk0", "a \"b\" é"] {
             with_id(id).validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn who_runs_out_of_descriptors_does_not_blame_the_file() {
+        let outcome = |error| BuildError::cannot_open("path", Path::new("/x"), error);
+        assert!(matches!(outcome(Errno::NOENT), BuildError::Invalid(_)));
+        for error in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(matches!(outcome(error), BuildError::Host { .. }));
         }
     }
 }

@@ -144,10 +144,7 @@ impl Entropy {
     fn open(config: &RngConfig) -> Result<Self, BuildError> {
         let path = config.src.as_path();
         let invalid = |reason: String| Invalid::new("src", reason);
-        let refused = |e: Errno| {
-            let error = io::Error::from(e);
-            invalid(format!("{} can't be opened: {error}", path.display()))
-        };
+        let refused = |error: Errno| BuildError::cannot_open("src", path, error);
         let before = rustix::fs::stat(path).map_err(refused)?;
         // Looked at before it is opened, since opening a FIFO or socket has effects; and after,
         // since the path may lead elsewhere by then.

@@ -84,6 +84,10 @@ pub trait Handler: Send + 'static {
     fn reset(&mut self);
 }
 
+/// Stack of each of our threads. The usual 2 MiB would be one huge page, and resident as a whole,
+/// where the host gives huge pages unasked.
+pub const STACK_BYTES: usize = 256 << 10;
+
 /// A device's thread as its owner holds it.
 pub struct Worker {
     orders: Sender<Order>,
@@ -122,6 +126,7 @@ impl Worker {
         let thread = std::thread::Builder::new()
             // A zero byte in a name would be a panic.
             .name(name.replace('\0', "").chars().take(15).collect())
+            .stack_size(STACK_BYTES)
             .spawn(move || {
                 // Where files may not grow beyond a limit (RLIMIT_FSIZE), a write beyond it is to
                 // fail; the signal would let a guest end the process. Fails only for no signal.

@@ -153,6 +153,10 @@ fn features_that_are_not_built_are_refused_by_name_and_never_ignored() {
             "disks",
             json!([{"path": "/dev/null", "image_type": "Qcow2"}]),
         ),
+        (
+            "disks",
+            json!([{"path": "/dev/null", "image_type": "Vhdx"}]),
+        ),
     ] {
         let mut client = ballast.api();
         let before = before(&ballast, &mut client);

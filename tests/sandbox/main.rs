@@ -335,6 +335,8 @@ fn every_kind_of_thread_is_there_once() {
         "vmm",
         "vcpu",
         "raw-io-uring",
+        "qcow2-io-uring",
+        "qcow2-sync",
         "rng",
     ] {
         assert!(names.contains(name), "{name} is missing from {names:?}");

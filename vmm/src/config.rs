@@ -14,8 +14,10 @@ use devices::rng::RngConfig;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::device_manager::TRANSPORT_PREFIX;
 use crate::error::Error;
 use crate::layout::{HOLE_END, HOLE_START};
+use crate::vm::RNG_ID;
 
 mod balloons;
 mod cpus;
@@ -223,6 +225,17 @@ impl VmConfig {
                     format!("slot {slot} is taken"),
                 )
                 .into());
+            }
+        }
+        // vm.info names the PCI function of the device `x` so, among the devices.
+        for (id, field) in &ids {
+            if let Some(other) = id.strip_prefix(TRANSPORT_PREFIX)
+                && (other == RNG_ID || ids.contains_key(other))
+            {
+                return Err(Error::DuplicateId {
+                    field: format!("{field}.id"),
+                    id: id.clone(),
+                });
             }
         }
         self.validate_balloons()?;

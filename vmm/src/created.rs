@@ -281,6 +281,11 @@ impl Created {
         removed
     }
 
+    /// When the machine was built; `None` while it is off.
+    pub fn booted_at(&self) -> Option<Instant> {
+        self.running.as_ref().map(|vm| vm.built_at)
+    }
+
     /// What the guest has signalled since the last look.
     pub fn take_signals(&self) -> Signalled {
         self.running

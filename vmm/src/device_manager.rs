@@ -37,6 +37,8 @@ use crate::status::{DeviceNode, PciDeviceInfo, Removal, Resource, VmCounters};
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long devices may take to finish what is in flight.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What the id of a device's PCI function begins with; its own id follows.
+pub const TRANSPORT_PREFIX: &str = "_virtio-pci-";
 /// Slot 0 is the host bridge.
 const SLOTS: std::ops::RangeInclusive<u8> = 1..=31;
 
@@ -276,7 +278,7 @@ impl DeviceManager {
     pub fn tree(&self) -> BTreeMap<String, DeviceNode> {
         let mut tree = BTreeMap::new();
         for (id, plugged) in &self.devices {
-            let transport_id = format!("_virtio-pci-{id}");
+            let transport_id = format!("{TRANSPORT_PREFIX}{id}");
             let bars = plugged.transport.bars().into_iter();
             let transport = DeviceNode {
                 id: transport_id.clone(),

@@ -137,10 +137,18 @@ pub fn attach(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
         };
         // SAFETY: the region is mapped, as long as it says, while `ram` lives; the vCPU threads,
         // without which nothing reaches the memory through KVM, hold on to `ram`.
-        unsafe { vm.set_user_memory_region(memory) }
-            .map_err(|error| Error::host("giving memory to the VM", error))?;
+        unsafe { vm.set_user_memory_region(memory) }.map_err(not_attached)?;
     }
     Ok(())
+}
+
+/// KVM keeps books about each page of a slot, which for much RAM is much memory.
+fn not_attached(error: kvm_ioctls::Error) -> Error {
+    if error.errno() == libc::ENOMEM {
+        Error::OutOfMemory("KVM has none to manage the guest's with".to_owned())
+    } else {
+        Error::host("giving memory to the VM", error)
+    }
 }
 
 /// Reserved addresses with an aligned gap amidst them; dropping it gives them back.

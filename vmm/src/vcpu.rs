@@ -21,6 +21,7 @@ use devices::bus::Bus;
 use devices::guest_memory::GuestRam;
 use devices::sandbox::{Allow, COMMON, Filter, SandboxError, SeccompMode, Test};
 use devices::signals::GuestSignals;
+use devices::worker::STACK_BYTES;
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
@@ -169,6 +170,7 @@ impl Vcpus {
             |error: &dyn std::fmt::Display| Error::host(format!("starting vCPU {index}"), error);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
+            .stack_size(STACK_BYTES)
             .spawn(move || {
                 let installed = filter.install();
                 let go = installed.is_ok();

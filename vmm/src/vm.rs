@@ -58,6 +58,8 @@ pub struct Vm {
     pub devices: DeviceManager,
     /// What the guest does to the machine.
     pub signals: Arc<GuestSignals>,
+    /// When it was ready to run.
+    pub built_at: Instant,
     ged: Arc<Ged>,
 }
 
@@ -189,6 +191,7 @@ impl Vm {
             vcpus,
             devices,
             signals,
+            built_at: Instant::now(),
             ged,
         })
     }

@@ -6,12 +6,13 @@
 //! agrees with it.
 
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use devices::balloon::BalloonInfo;
 use devices::config::DeviceConfig;
 use devices::sandbox::{self, Filter, SeccompMode};
+use devices::worker::STACK_BYTES;
 
 use crate::balloons;
 use crate::command::{Command, Endpoint, Handle, Message, Reply, channel};
@@ -24,6 +25,10 @@ use crate::state::{State, Verb, check};
 use crate::status::{BalloonStats, PciDeviceInfo};
 use crate::syscalls;
 use crate::vm::Environment;
+
+/// The least time between two boots when it is the guest that resets itself. It may do so in an
+/// endless loop; each round costs the host the making of a machine, and five events.
+const RESET_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How the process was told to behave.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,6 +49,7 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
     let (installed, outcome) = std::sync::mpsc::channel::<Result<(), sandbox::SandboxError>>();
     std::thread::Builder::new()
         .name("vmm".to_owned())
+        .stack_size(2 * STACK_BYTES)
         .spawn(move || {
             let result = filter.install();
             let go = result.is_ok();
@@ -110,21 +116,7 @@ impl Vmm {
     /// The next message, or `None` when a deadline has passed.
     fn next_message(&self) -> Option<Message> {
         let deadline = self.created.as_ref().and_then(Created::next_deadline);
-        match deadline {
-            None => Some(self.endpoint.inbox.recv().unwrap_or(Message::Terminate)),
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    // However many messages wait: a guest can see to it that one always does.
-                    return None;
-                }
-                match self.endpoint.inbox.recv_timeout(left) {
-                    Ok(message) => Some(message),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
-                }
-            }
-        }
+        receive(&self.endpoint.inbox, deadline)
     }
 
     fn command(&mut self, command: Command) -> Flow {
@@ -397,6 +389,10 @@ impl Vmm {
             self.emit("vm", "guest-reset", &[]);
             // The guest may have done it just before it was paused.
             let paused = self.state() == Some(State::Paused);
+            let since = self.created.as_ref().and_then(Created::booted_at);
+            if let Some(wait) = since.and_then(|at| RESET_INTERVAL.checked_sub(at.elapsed())) {
+                std::thread::sleep(wait);
+            }
             if let Err(error) = self.reboot(paused) {
                 tracing::error!(%error, "the VM could not boot again after a reset by the guest");
             }
@@ -433,6 +429,23 @@ impl Vmm {
         for id in expired {
             self.emit("vm", "device-removal-timed-out", &[("id", &id)]);
         }
+    }
+}
+
+/// The next message, or `None` when the deadline has passed, however many messages wait: a guest
+/// can see to it that one always does.
+fn receive(inbox: &Receiver<Message>, deadline: Option<Instant>) -> Option<Message> {
+    let Some(deadline) = deadline else {
+        return Some(inbox.recv().unwrap_or(Message::Terminate));
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return None;
+    }
+    match inbox.recv_timeout(left) {
+        Ok(message) => Some(message),
+        Err(RecvTimeoutError::Timeout) => None,
+        Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
     }
 }
 

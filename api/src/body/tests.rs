@@ -97,8 +97,8 @@ fn a_field_of_a_feature_that_is_not_built_is_refused_by_name() {
             "disks[1].vhost_socket",
         ),
         (
-            json!({"disks": [{"path": "/a", "backing_files": true}]}),
-            "disks[0].backing_files",
+            json!({"disks": [{"path": "/a", "rate_limit_group": "slow"}]}),
+            "disks[0].rate_limit_group",
         ),
     ] {
         let error = vm(value).unwrap_err();
@@ -110,8 +110,8 @@ fn a_field_of_a_feature_that_is_not_built_is_refused_by_name() {
 
 #[test]
 fn an_image_type_that_is_not_built_is_refused_by_name() {
-    let (message, code) = refusal(json!({"disks": [{"path": "/a", "image_type": "Qcow2"}]}));
-    assert_eq!(message, "not supported yet: disks[0].image_type Qcow2");
+    let (message, code) = refusal(json!({"disks": [{"path": "/a", "image_type": "Vhdx"}]}));
+    assert_eq!(message, "not supported yet: disks[0].image_type Vhdx");
     assert_eq!(code, "not-supported-yet");
     let (message, _) = refusal(json!({"disks": [{"path": "/a", "image_type": "Floppy"}]}));
     assert!(message.starts_with("disks[0].image_type: "), "{message}");

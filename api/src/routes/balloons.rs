@@ -5,7 +5,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use devices::balloon::{BalloonConfig, BalloonInfo};
 use devices::config::DeviceConfig;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmm::Handle;
 use vmm::command::Command;
@@ -16,7 +16,7 @@ use crate::body::Body;
 use crate::error::ApiError;
 
 /// Which balloon is to have which size.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[schema(
     as = VmResizeBalloon,
     example = json!({"id": "__balloon", "desired_size": 268435456})

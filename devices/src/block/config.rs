@@ -53,6 +53,10 @@ pub struct DiskConfig {
     /// Format of the image. It is never guessed: an absent or `Unknown` type means `Raw`.
     #[serde(default)]
     pub image_type: ImageType,
+    /// Follow the name of a backing file that a qcow2 image has, to a regular file, raw or qcow2 as
+    /// the image records. Without it an image with a backing file is refused.
+    #[serde(default)]
+    pub backing_files: bool,
     /// How the image is locked against other processes.
     #[serde(default)]
     pub lock_granularity: LockGranularity,
@@ -64,6 +68,9 @@ pub enum ImageType {
     /// The bytes of the disk, as they are.
     #[default]
     Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3; not yet to be written, so only with
+    /// `readonly`.
+    Qcow2,
     /// Accepted for Cloud Hypervisor's clients; means `Raw`.
     Unknown,
 }
@@ -93,6 +100,19 @@ impl DiskConfig {
             return Err(Invalid::new(
                 "queue_size",
                 "must be a power of two from 2 to 1024",
+            ));
+        }
+        let qcow2 = self.image_type == ImageType::Qcow2;
+        if qcow2 && !self.readonly {
+            return Err(Invalid::new(
+                "readonly",
+                "not supported yet: writing qcow2 images; must be true for them",
+            ));
+        }
+        if self.backing_files && !qcow2 {
+            return Err(Invalid::new(
+                "backing_files",
+                "only images of the type Qcow2 have backing files",
             ));
         }
         if let Some(serial) = &self.serial

@@ -99,6 +99,7 @@ impl Block {
 fn open(config: &DiskConfig) -> Result<Box<dyn Image>, BuildError> {
     let format = match config.image_type {
         ImageType::Raw | ImageType::Unknown => Format::Raw,
+        ImageType::Qcow2 => Format::Qcow2,
     };
     let options = OpenOptions {
         path: config.path.clone(),
@@ -106,6 +107,7 @@ fn open(config: &DiskConfig) -> Result<Box<dyn Image>, BuildError> {
         direct: config.direct,
         disable_io_uring: config.disable_io_uring,
         lock: config.lock_granularity,
+        backing_files: config.backing_files,
     };
     disk::open(format, &options)
 }

@@ -72,9 +72,12 @@ pub struct Buffers {
     first: usize,
     bytes: u64,
     memory: Option<GuestRam>,
+    /// Memory of our own that some of the parts point into.
+    own: Vec<Arc<AlignedBuffer>>,
 }
 
-// SAFETY: the pointers are into the mapping that `memory` keeps alive, which any thread may access.
+// SAFETY: the pointers are into memory that `memory` and `own` keep alive, which any thread may
+// access.
 unsafe impl Send for Buffers {}
 
 impl Buffers {
@@ -108,7 +111,69 @@ impl Buffers {
         Ok(())
     }
 
-    /// Forgets all parts and lets go of the guest's memory.
+    /// Appends `len` bytes of our own memory from `offset` on. While they are here nobody may look
+    /// at them but through [`Buffers`] and the kernel.
+    pub fn push_own(
+        &mut self,
+        buffer: &Arc<AlignedBuffer>,
+        offset: usize,
+        len: usize,
+    ) -> Result<(), OutOfRange> {
+        let end = offset.checked_add(len).ok_or(OutOfRange)?;
+        if end > buffer.len_bytes() {
+            return Err(OutOfRange);
+        }
+        if len > 0 {
+            let start = buffer.start.as_ptr().wrapping_add(offset);
+            self.parts.push(Part::new(start.cast(), len));
+            self.bytes += len as u64;
+            self.own.push(buffer.clone());
+        }
+        Ok(())
+    }
+
+    /// Moves the first `count` bytes (or all there are) to the end of `front`, which must be empty
+    /// or hold memory of the same guest.
+    pub fn split_to(&mut self, count: u64, front: &mut Self) {
+        if front.memory.is_none() {
+            front.memory.clone_from(&self.memory);
+        }
+        front.own.extend(self.own.iter().cloned());
+        let mut left = count.min(self.bytes);
+        front.bytes += left;
+        self.bytes -= left;
+        while left > 0 {
+            let Some(Part(part)) = self.parts.get_mut(self.first) else {
+                return;
+            };
+            let step = left.min(part.iov_len as u64);
+            front.parts.push(Part::new(part.iov_base, step as usize));
+            part.iov_base = part.iov_base.wrapping_byte_add(step as usize);
+            part.iov_len -= step as usize;
+            if part.iov_len == 0 {
+                self.first += 1;
+            }
+            left -= step;
+        }
+    }
+
+    /// Fills the memory with zeroes.
+    pub fn zero(&self) {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        for Part(part) in &self.parts[self.first..] {
+            let mut done = 0;
+            while done < part.iov_len {
+                let len = (part.iov_len - done).min(ZEROES.len());
+                let start = part.iov_base.wrapping_byte_add(done);
+                // SAFETY: as in `copy_to`.
+                let slice = unsafe { VolatileSlice::new(start.cast(), len) };
+                slice.copy_from(&ZEROES[..len]);
+                done += len;
+            }
+        }
+    }
+
+    /// Forgets all parts and lets go of the memory.
     pub fn clear(&mut self) {
         self.parts.clear();
         if self.parts.capacity() > KEPT_PARTS {
@@ -117,6 +182,7 @@ impl Buffers {
         self.first = 0;
         self.bytes = 0;
         self.memory = None;
+        self.own.clear();
     }
 
     /// How many bytes they hold.
@@ -166,8 +232,8 @@ impl Buffers {
             if rest.is_empty() {
                 break;
             }
-            // SAFETY: the part lies in the mapping that `self.memory` keeps alive, all of which
-            // is accessed by volatile copies only.
+            // SAFETY: the part lies in memory that `self.memory` or `self.own` keeps alive, and
+            // that is accessed by volatile copies only while it is here.
             let slice = unsafe { VolatileSlice::new(part.iov_base.cast(), part.iov_len) };
             done += slice.copy_to(rest);
         }
@@ -201,6 +267,10 @@ pub struct AlignedBuffer {
 
 // SAFETY: it owns its memory.
 unsafe impl Send for AlignedBuffer {}
+
+// SAFETY: what is shared gives out shared references only; [`Buffers::push_own`] says who may look
+// at the bytes while pointers to them are about.
+unsafe impl Sync for AlignedBuffer {}
 
 impl AlignedBuffer {
     /// `len` bytes (not 0) at a multiple of `align` (a power of two).

@@ -26,7 +26,9 @@ use crate::sandbox::Allow;
 pub mod buffers;
 pub mod lock;
 mod open;
+pub mod qcow2;
 pub mod raw;
+mod ring;
 
 pub use buffers::Buffers;
 pub use lock::LockGranularity;
@@ -160,6 +162,8 @@ pub struct OpenOptions {
     pub disable_io_uring: bool,
     /// What to lock against other processes.
     pub lock: LockGranularity,
+    /// Follow the name of a backing file that the image has.
+    pub backing_files: bool,
 }
 
 /// The formats there are. A format is always told, never guessed from the image's content, which
@@ -168,12 +172,16 @@ pub struct OpenOptions {
 pub enum Format {
     /// The bytes of the disk, as they are.
     Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
 }
 
 /// The kinds of queue there are, and what each calls.
 pub const QUEUES: &[(&str, &[Allow])] = &[
     ("raw-io-uring", raw::URING_SYSCALLS),
     ("raw-sync", raw::SYNC_SYSCALLS),
+    ("qcow2-io-uring", qcow2::URING_SYSCALLS),
+    ("qcow2-sync", qcow2::SYNC_SYSCALLS),
 ];
 
 /// Opens and locks an image. Called on the VMM thread.
@@ -182,5 +190,6 @@ pub const QUEUES: &[(&str, &[Allow])] = &[
 pub fn open(format: Format, options: &OpenOptions) -> Result<Box<dyn Image>, BuildError> {
     match format {
         Format::Raw => Ok(Box::new(raw::RawImage::open(options)?)),
+        Format::Qcow2 => Ok(Box::new(qcow2::Qcow2Image::open(options)?)),
     }
 }

@@ -30,10 +30,31 @@ pub struct HostFile {
     pub direct_memory_align: Option<u32>,
     pub block_device: bool,
     pub serial: String,
+    /// Device and inode.
+    pub identity: (u64, u64),
 }
 
-/// Opens and locks the file.
+/// Opens and locks the file of a raw disk: its size is the disk's.
 pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
+    let host = open_file(options)?;
+    let (path, size_bytes) = (options.path.display(), host.size_bytes);
+    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
+        return Err(invalid(format!(
+            "{path} has {size_bytes} bytes; a disk has a multiple of {SECTOR}, and is not empty"
+        )));
+    }
+    if !size_bytes.is_multiple_of(host.geometry.logical_block.into()) {
+        return Err(invalid(format!(
+            "{path} has {size_bytes} bytes, which is not a multiple of the {} bytes that its host \
+             disk transfers at a time; not possible with `direct`",
+            host.geometry.logical_block
+        )));
+    }
+    Ok(host)
+}
+
+/// Opens and locks a file of any size.
+pub fn open_file(options: &OpenOptions) -> Result<HostFile, BuildError> {
     let path = options.path.as_path();
     let before = rustix::fs::stat(path).map_err(|e| refused(path, e))?;
     check_kind(&before)?;
@@ -49,24 +70,10 @@ pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
     let lock = ImageLock::take(file.clone(), !options.readonly, options.lock)
         .map_err(|e| lock_failed(path, e))?;
     let size_bytes = size(&file, &stat, block_device).map_err(|e| refused(path, e))?;
-    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
-        return Err(invalid(format!(
-            "{} has {size_bytes} bytes; a disk has a multiple of {SECTOR}, and is not empty",
-            path.display()
-        )));
-    }
     let (geometry, direct_memory_align) = alignment(&file, &stat, block_device, options.direct)
         .map_err(|e| {
             BuildError::host(format!("finding the block size of {}", path.display()), e)
         })?;
-    if !size_bytes.is_multiple_of(geometry.logical_block.into()) {
-        return Err(invalid(format!(
-            "{} has {size_bytes} bytes, which is not a multiple of the {} bytes that its host disk \
-             transfers at a time; not possible with `direct`",
-            path.display(),
-            geometry.logical_block
-        )));
-    }
     Ok(HostFile {
         file,
         lock,
@@ -75,6 +82,7 @@ pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
         direct_memory_align,
         block_device,
         serial: serial(&stat),
+        identity: (stat.st_dev, stat.st_ino),
     })
 }
 
@@ -195,8 +203,7 @@ fn invalid(reason: String) -> BuildError {
 }
 
 fn refused(path: &Path, error: Errno) -> BuildError {
-    let error = io::Error::from(error);
-    invalid(format!("{} can't be opened: {error}", path.display()))
+    BuildError::cannot_open("path", path, error)
 }
 
 fn lock_failed(path: &Path, error: LockError) -> BuildError {
@@ -222,6 +229,7 @@ mod tests {
             direct: false,
             disable_io_uring: false,
             lock: LockGranularity::ByteRange,
+            backing_files: false,
         }
     }
 

@@ -21,9 +21,12 @@ pub fn share_one_heap() {
 /// milliseconds, and nothing after [`share_one_heap`].
 pub(super) fn settle() {
     SETTLED.call_once(|| {
+        // Enough for it to shrink. Not 2 MiB: what a heap has grown to stays mapped, begins at a
+        // huge page's boundary, and is used again by the next thread; where the host gives
+        // transparent huge pages to all (Debian does), that thread's first touch cost 2 MiB.
         let churn = || {
             drop(std::hint::black_box(
-                [(); 128].map(|()| Vec::<u8>::with_capacity(32 << 10)),
+                [(); 24].map(|()| Vec::<u8>::with_capacity(32 << 10)),
             ));
         };
         // Without a thread there is nothing to settle.

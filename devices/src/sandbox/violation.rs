@@ -68,6 +68,19 @@ impl Line {
     }
 }
 
+/// A thread's name up to its first zero, fit to stand in a JSON string: it may come from a client,
+/// and be cut in the middle of a character.
+fn plain(name: &mut [u8]) -> &str {
+    let length = name.iter().position(|byte| *byte == 0);
+    let name = &mut name[..length.unwrap_or(0)];
+    for byte in &mut *name {
+        if !matches!(byte, b' '..=b'~') || matches!(byte, b'"' | b'\\' | b'{' | b'}') {
+            *byte = b'?';
+        }
+    }
+    std::str::from_utf8(name).unwrap_or("?")
+}
+
 extern "C" fn handle(_signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let mut name = [0u8; 17];
     // SAFETY: the kernel passes a valid siginfo to a SA_SIGINFO handler; for SIGSYS the system
@@ -83,8 +96,7 @@ extern "C" fn handle(_signal: c_int, info: *mut siginfo_t, context: *mut c_void)
             registers[libc::REG_RSI as usize],
         )
     };
-    let thread = name.split(|byte| *byte == 0).next().unwrap_or_default();
-    let thread = std::str::from_utf8(thread).unwrap_or("?");
+    let thread = plain(&mut name);
     let call = usize::try_from(number)
         .ok()
         .and_then(Sysno::new)
@@ -123,5 +135,24 @@ extern "C" fn handle(_signal: c_int, info: *mut siginfo_t, context: *mut c_void)
             libc::gettid(),
             libc::SIGSYS,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_thread_name_breaks_the_event_that_names_it() {
+        for (name, expected) in [
+            (&b"vcpu0\0\0\0"[..], "vcpu0"),
+            (b"NIC//a b_q1\0", "NIC//a b_q1"),
+            (b"a\"b\\c{d}\x7f\0", "a?b?c?d??"),
+            ("éé\0".as_bytes(), "????"),
+            (b"\xc3\0", "?"),
+            (b"\0", ""),
+        ] {
+            assert_eq!(plain(&mut name.to_vec()), expected);
+        }
     }
 }

@@ -7,7 +7,8 @@ use std::sync::LazyLock;
 
 use arbitrary::Arbitrary;
 use devices::virtio::testing::{Descriptor, Ring, TestDriver, VERSION_1};
-use fuzz::bench::{BUFFERS, Bench, MEMORY, Mode, QUEUES, RINGS};
+use fuzz::bench::{BUFFERS, Bench, Mode, QUEUES};
+use fuzz::input::{Entry, Kind, Length, Place, Rarely, Sector, header};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -23,89 +24,6 @@ struct Input {
     steps: Vec<Step>,
 }
 
-/// An address: mostly one that means something.
-#[derive(Arbitrary, Clone, Copy, Debug)]
-enum Place {
-    Buffer(u16),
-    Ring(u16),
-    OtherRing(u16),
-    End(i16),
-    Anywhere(u64),
-}
-
-impl Place {
-    fn address(self) -> u64 {
-        match self {
-            Self::Buffer(at) => BUFFERS + u64::from(at),
-            Self::Ring(at) => RINGS + u64::from(at),
-            Self::OtherRing(at) => RINGS + 0x1_0000 + u64::from(at),
-            Self::End(by) => MEMORY.wrapping_add_signed(by.into()),
-            Self::Anywhere(address) => address,
-        }
-    }
-}
-
-#[derive(Arbitrary, Clone, Copy, Debug)]
-enum Length {
-    Sectors(u8),
-    Bytes(u16),
-    Any(u32),
-}
-
-impl Length {
-    fn bytes(self) -> u32 {
-        match self {
-            Self::Sectors(sectors) => u32::from(sectors) * 512,
-            Self::Bytes(bytes) => bytes.into(),
-            Self::Any(bytes) => bytes,
-        }
-    }
-}
-
-#[derive(Arbitrary, Clone, Copy, Debug)]
-enum Kind {
-    Read,
-    Write,
-    Flush,
-    GetId,
-    Discard,
-    WriteZeroes,
-    Other(u32),
-}
-
-impl Kind {
-    fn number(self) -> u32 {
-        match self {
-            Self::Read => 0,
-            Self::Write => 1,
-            Self::Flush => 4,
-            Self::GetId => 8,
-            Self::Discard => 11,
-            Self::WriteZeroes => 13,
-            Self::Other(number) => number,
-        }
-    }
-}
-
-#[derive(Arbitrary, Debug)]
-struct Entry {
-    at: Place,
-    len: Length,
-    flags: u16,
-    next: u16,
-}
-
-impl Entry {
-    fn descriptor(&self) -> Descriptor {
-        Descriptor {
-            address: self.at.address(),
-            len: self.len.bytes(),
-            flags: self.flags,
-            next: self.next,
-        }
-    }
-}
-
 #[derive(Arbitrary, Debug)]
 enum Step {
     /// A request in the form a driver makes, of parts that need not make sense.
@@ -113,7 +31,9 @@ enum Step {
         other: bool,
         kind: Kind,
         sector: Sector,
+        header: Rarely<Vec<(Place, Length, bool)>>,
         parts: Vec<(Place, Length, bool)>,
+        status: Rarely<Vec<(Place, Length, bool)>>,
         table: Option<u16>,
         segment: [u32; 4],
     },
@@ -142,12 +62,6 @@ enum Step {
     Restart,
 }
 
-#[derive(Arbitrary, Clone, Copy, Debug)]
-enum Sector {
-    Near(u8),
-    Any(u64),
-}
-
 struct Run<'a> {
     bench: &'a Bench,
     driver: TestDriver,
@@ -162,10 +76,7 @@ impl Run<'_> {
     }
 
     fn header(&self, address: u64, kind: Kind, sector: u64) {
-        let mut bytes = [0; 16];
-        bytes[..4].copy_from_slice(&kind.number().to_le_bytes());
-        bytes[8..].copy_from_slice(&sector.to_le_bytes());
-        self.poke(address, &bytes);
+        self.poke(address, &header(kind, sector));
     }
 
     fn request(&mut self, step: &Step) {
@@ -173,29 +84,38 @@ impl Run<'_> {
             other,
             kind,
             sector,
+            header,
             parts,
+            status,
             table,
             segment,
         } = step
         else {
             return;
         };
-        let header = BUFFERS + 0x1_f000;
-        let sector = match *sector {
-            Sector::Near(sector) => sector.into(),
-            Sector::Any(sector) => sector,
-        };
-        self.header(header, *kind, sector);
+        let place = BUFFERS + 0x1_f000;
+        self.header(place, *kind, sector.number());
         // What a DISCARD or WRITE_ZEROES says of itself.
         let words = segment.map(u32::to_le_bytes).concat();
-        self.poke(header + 0x20, &words);
-        let mut all = vec![(header, 16, false)];
+        self.poke(place + 0x20, &words);
+        let most = usize::from(self.size);
+        let given = |parts: &[(Place, Length, bool)]| -> Vec<(u64, u32, bool)> {
+            let parts = parts.iter().take(most);
+            let part = |(at, len, writable): &(Place, Length, bool)| {
+                (at.address(), len.bytes(), *writable)
+            };
+            parts.map(part).collect()
+        };
+        let sound = |parts: &Rarely<Vec<_>>, part| match &parts.0 {
+            Some(parts) => given(parts),
+            None => vec![part],
+        };
+        let mut all = sound(header, (place, 16, false));
         if matches!(kind, Kind::Discard | Kind::WriteZeroes) {
-            all.push((header + 0x20, 16, false));
+            all.push((place + 0x20, 16, false));
         }
-        let given = parts.iter().take(usize::from(self.size));
-        all.extend(given.map(|(at, len, writable)| (at.address(), len.bytes(), *writable)));
-        all.push((header + 0x10, 1, true));
+        all.extend(given(parts));
+        all.extend(sound(status, (place + 0x10, 1, true)));
         let count = all.len();
         for (index, (address, len, writable)) in all.into_iter().enumerate() {
             let next = if index + 1 < count {
@@ -243,11 +163,11 @@ impl Run<'_> {
             Step::Entry(other, index, entry) => {
                 let index = u16::from(*index) % self.size;
                 self.driver
-                    .write_descriptor((*other).into(), index, entry.descriptor());
+                    .write_descriptor((*other).into(), index, entry.descriptor(index));
             }
             Step::TableEntry(at, index, entry) => {
                 let at = BUFFERS + u64::from(*at) + u64::from(*index) * 16;
-                self.poke(at, &entry.descriptor().bytes());
+                self.poke(at, &entry.descriptor((*index).into()).bytes());
             }
             Step::Poke(at, bytes) => self.poke(at.address(), bytes),
             Step::Offer { other, head, times } => {

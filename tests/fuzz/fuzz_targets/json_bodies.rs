@@ -10,7 +10,9 @@ use std::sync::LazyLock;
 use arbitrary::{Arbitrary, Unstructured};
 use ballast_api::body;
 use ballast_api::compat;
+use ballast_api::routes::balloons::ResizeBalloon;
 use ballast_api::routes::devices::RemoveDevice;
+use devices::balloon::BalloonConfig;
 use devices::block::DiskConfig;
 use fuzz::seeds;
 use libfuzzer_sys::{Corpus, fuzz_target};
@@ -20,13 +22,16 @@ use serde_json::{Map, Value, json};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::Schema;
 use utoipa::{PartialSchema, ToSchema};
-use vmm::config::VmConfig;
+use vmm::config::{VmConfig, VmResize};
 
 /// What a body is read as.
 fn all_types(bytes: &[u8]) {
     round_trip(bytes, |config: &VmConfig| config.validate().is_ok());
     round_trip(bytes, |config: &DiskConfig| config.validate().is_ok());
+    round_trip(bytes, |config: &BalloonConfig| config.validate().is_ok());
     round_trip(bytes, |_: &RemoveDevice| true);
+    round_trip(bytes, |_: &ResizeBalloon| true);
+    round_trip(bytes, |_: &VmResize| true);
 }
 
 fn round_trip<T>(bytes: &[u8], valid: impl Fn(&T) -> bool)
@@ -57,7 +62,10 @@ static WORDS: LazyLock<Vec<String>> = LazyLock::new(|| {
     let mut schemas = vec![
         (VmConfig::name().into_owned(), VmConfig::schema()),
         (DiskConfig::name().into_owned(), DiskConfig::schema()),
+        (BalloonConfig::name().into_owned(), BalloonConfig::schema()),
         (RemoveDevice::name().into_owned(), RemoveDevice::schema()),
+        (ResizeBalloon::name().into_owned(), ResizeBalloon::schema()),
+        (VmResize::name().into_owned(), VmResize::schema()),
     ];
     VmConfig::schemas(&mut schemas);
     let mut words = Vec::new();
@@ -146,7 +154,7 @@ fn examples() -> Vec<(&'static str, Vec<u8>)> {
         "console": { "mode": "Off" },
         "debug_console": { "mode": "Null", "iobase": 233 },
         "platform": { "uuid": "00112233-4455-6677-8899-aabbccddeeff", "oem_strings": ["a"] },
-        "net": [], "balloon": null,
+        "net": [], "balloon": { "size": 1048576, "deflate_on_oom": true },
     });
     let disk = json!({ "path": "/disk", "serial": "0123456789", "image_type": "Raw",
         "lock_granularity": "Full", "pci_device_id": 7, "queue_size": 1024 });
@@ -154,6 +162,11 @@ fn examples() -> Vec<(&'static str, Vec<u8>)> {
         ("vm", vm),
         ("disk", disk),
         ("remove", json!({ "id": "_disk0" })),
+        ("balloon", json!({ "id": "b", "desired_size": 4096 })),
+        (
+            "resize",
+            json!({ "desired_balloon": 4096, "desired_vcpus": null }),
+        ),
         ("nothing", json!({})),
     ];
     texts

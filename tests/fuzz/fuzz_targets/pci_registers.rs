@@ -25,13 +25,14 @@ enum Access {
     OtherSlot(u8, u16, Value),
     PortRead(u8, u8),
     PortWrite(u8, Value),
-    BarRead(u32, u8),
-    BarWrite(u32, Value),
+    BarRead(Offset, u8),
+    BarWrite(Offset, Value),
     /// Where the BAR was moved to, or is thought to be.
     Memory(u64, Value),
     /// The registers that move the device on.
     Common(u8, Value),
-    Vector(u16, u8, Value),
+    VectorRead(u16, u8, bool),
+    VectorWrite(u16, u8, Value),
     Doorbell(u8),
     Status(u8),
     Queue {
@@ -41,6 +42,25 @@ enum Access {
     },
     Window(u32, u8, [u8; 4]),
     Settle,
+}
+
+/// Where in the BAR, or from its beginning.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Offset {
+    Within(u16),
+    /// In the structure that begins there, near its beginning.
+    Structure(u8, u8),
+    Any(u32),
+}
+
+impl Offset {
+    fn bytes(self) -> u64 {
+        match self {
+            Self::Within(at) => at.into(),
+            Self::Structure(page, at) => u64::from(page % 16) << 12 | u64::from(at),
+            Self::Any(at) => at.into(),
+        }
+    }
 }
 
 /// What is written: mostly as wide as processors write.
@@ -77,14 +97,17 @@ fn perform(bench: &Bench, driver: &TestDriver, access: &Access) {
         Access::PortRead(at, width) => guest.port_read((*at).into(), &mut buffer(width)),
         Access::PortWrite(at, value) => guest.port_write((*at).into(), &value.bytes()),
         Access::BarRead(at, width) => {
-            guest.mmio_read(driver.bar + u64::from(*at), &mut buffer(width));
+            guest.mmio_read(driver.bar + at.bytes(), &mut buffer(width));
         }
-        Access::BarWrite(at, value) => {
-            guest.mmio_write(driver.bar + u64::from(*at), &value.bytes())
-        }
+        Access::BarWrite(at, value) => guest.mmio_write(driver.bar + at.bytes(), &value.bytes()),
         Access::Memory(address, value) => guest.mmio_write(*address, &value.bytes()),
         Access::Common(at, value) => driver.common_write((*at).into(), &value.bytes()),
-        Access::Vector(vector, at, value) => {
+        Access::VectorRead(vector, dword, long) => {
+            let entry = u64::from(*vector) * 16 + u64::from(dword % 4) * 4;
+            let width = if *long { 8 } else { 4 };
+            guest.mmio_read(driver.bar + 0x8000 + entry, &mut vec![0; width]);
+        }
+        Access::VectorWrite(vector, at, value) => {
             let entry = u64::from(*vector) * 16 + u64::from(at % 16);
             guest.mmio_write(driver.bar + 0x8000 + entry, &value.bytes());
         }

@@ -6,5 +6,6 @@
 //! tested elsewhere.
 
 pub mod bench;
+pub mod input;
 pub mod memory;
 pub mod seeds;

@@ -8,6 +8,7 @@ use devices::config::Invalid;
 use devices::sandbox::{Allow, Test};
 use linux_loader::cmdline::Cmdline;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
 use vm_memory::GuestAddress;
 
 use super::image::{Image, recognise};
@@ -118,20 +119,25 @@ impl Payload {
 }
 
 /// Opens a regular file that is not empty.
-fn open(field: &'static str, path: &Path) -> Result<(File, u64), Invalid> {
+fn open(field: &'static str, path: &Path) -> Result<(File, u64), Error> {
     let invalid = |reason: &dyn std::fmt::Display| {
         Invalid::new(field, format!("{}: {reason}", path.display()))
     };
     // Opening a FIFO or a device must neither wait nor make it our terminal.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let descriptor =
-        rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(|error| invalid(&error))?;
+    let descriptor = match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
+        // That is not the file's fault.
+        Err(error @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM)) => {
+            return Err(Error::host(format!("opening {}", path.display()), error));
+        }
+        other => other.map_err(|error| invalid(&error))?,
+    };
     let stat = rustix::fs::fstat(&descriptor).map_err(|error| invalid(&error))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(invalid(&"is not a regular file"));
+        return Err(invalid(&"is not a regular file").into());
     }
     match u64::try_from(stat.st_size) {
         Ok(len) if len > 0 => Ok((descriptor.into(), len)),
-        _ => Err(invalid(&"is empty")),
+        _ => Err(invalid(&"is empty").into()),
     }
 }

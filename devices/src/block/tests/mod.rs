@@ -7,6 +7,8 @@ mod hostile;
 mod io;
 mod load;
 mod malicious;
+mod model;
+mod qcow2;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use rustix::io::Errno;
 
 use super::lock::ImageLock;
-use super::{Geometry, Image, OpenOptions, Queue, open};
+use super::{Geometry, Image, OpenOptions, Queue, open, ring};
 use crate::config::BuildError;
 
 /// A raw image.
@@ -107,7 +107,7 @@ impl Image for RawImage {
         if !self.disable_io_uring {
             match uring::UringQueue::new(self.host.clone(), depth) {
                 Ok(queue) => return Ok(Box::new(queue)),
-                Err(error) if is_refusal(&error) => {
+                Err(error) if ring::is_refusal(&error) => {
                     tracing::warn!(%error, "no io_uring; using plain system calls");
                 }
                 Err(error) => return Err(error),
@@ -115,12 +115,4 @@ impl Image for RawImage {
         }
         Ok(Box::new(sync::SyncQueue::new(self.host.clone(), depth)))
     }
-}
-
-/// Whether the kernel does not have io_uring (or not what we need of it), or does not let us.
-fn is_refusal(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EINVAL | libc::ENOMEM)
-    )
 }

@@ -29,6 +29,7 @@ fn engine(folder: &str, sync: bool, direct: bool) -> Engine {
         direct,
         disable_io_uring: sync,
         lock: LockGranularity::ByteRange,
+        backing_files: false,
     })
     .unwrap();
     Engine {
@@ -198,6 +199,36 @@ fn reads_past_the_end_fail_and_holes_read_as_zeroes() {
 }
 
 #[test]
+fn a_completion_wakes_the_thread_once() {
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+    let mut engine = engine(&folder(), false, true);
+    let Some(descriptor) = engine.queue.descriptor() else {
+        return;
+    };
+    let epoll = Epoll::new().unwrap();
+    epoll
+        .ctl(
+            ControlOperation::Add,
+            descriptor,
+            EpollEvent::new(EventSet::IN, 0),
+        )
+        .unwrap();
+    let readable = |ms| epoll.wait(ms, &mut [EpollEvent::default()]).unwrap() == 1;
+    for _ in 0..100 {
+        let request = engine.request(0, Operation::Read, 0, 4096);
+        engine.queue.push(request);
+        engine.queue.start().unwrap();
+        let mut completed = Vec::new();
+        while completed.is_empty() {
+            assert!(readable(20_000), "it was never told");
+            engine.queue.acknowledge();
+            engine.queue.poll(&mut completed).unwrap();
+        }
+        assert!(!readable(0), "it would be woken for nothing");
+    }
+}
+
+#[test]
 fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
     for _ in 0..50 {
         let mut engine = engine(&folder(), false, true);
@@ -310,6 +341,7 @@ fn a_block_device_is_a_disk_like_any_other() {
                 direct,
                 disable_io_uring: sync,
                 lock: LockGranularity::ByteRange,
+                backing_files: false,
             })
             .unwrap();
             assert_eq!(image.size_bytes(), SIZE);

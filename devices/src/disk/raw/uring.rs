@@ -1,10 +1,6 @@
 //! The raw engine over an io_uring.
 //!
-//! The ring is made on the VMM thread, with everything it will ever use registered: one file, one
-//! eventfd, six operations (`IORING_REGISTER_RESTRICTIONS`: seccomp can't see what is submitted to
-//! a ring, so the ring itself must be narrow). It stays disabled until the queue's thread enables
-//! it, which makes that thread its only issuer and lets completions be processed when it asks for
-//! them instead of by interrupting it.
+//! The ring ([`super::super::ring`]) does six operations on one file.
 //!
 //! Through the page cache, reads of what is cached and writes are done at once by plain system
 //! calls: in a ring they would cost a round through a kernel worker thread.
@@ -18,28 +14,24 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
 
-use io_uring::register::Restriction;
-use io_uring::squeue::{Entry, Flags};
-use io_uring::{IoUring, opcode, types};
+use io_uring::squeue::Entry;
+use io_uring::{opcode, types};
 use rustix::io::Errno;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::super::buffers::{AlignedBuffer, Part, as_iovecs};
+use super::super::ring::{self, Ring, short};
 use super::super::{Completion, Queue, Request};
 use super::Host;
 use super::job::{After, BOUNCE, Job, Step, refusal};
 use super::sync::perform;
 use crate::allow;
-use crate::sandbox::{Allow, Test};
-
-const REGISTER_ENABLE_RINGS: u32 = 12;
+use crate::sandbox::Allow;
 
 /// What the thread needs beside the ring's own operations.
 pub const SYSCALLS: &[Allow] = &[
-    allow!(io_uring_enter),
-    allow!(io_uring_register, 1 => Test::Is(REGISTER_ENABLE_RINGS)),
+    ring::ENTER,
+    ring::ENABLE,
     // Through the page cache.
     allow!(preadv2),
     allow!(pwritev),
@@ -61,16 +53,10 @@ const FILE: types::Fixed = types::Fixed(0);
 /// Bounce buffers per queue; requests beyond them wait for one.
 const MAX_BOUNCES: usize = 4;
 
-/// How often and how long to wait for the kernel to find memory for a submission.
-const SUBMIT_ATTEMPTS: u32 = 1000;
-const SUBMIT_PAUSE: Duration = Duration::from_millis(1);
-
 /// See the module.
 pub struct UringQueue {
     host: Arc<Host>,
-    ring: IoUring,
-    enabled: bool,
-    ready: EventFd,
+    ring: Ring,
     slots: Vec<Option<Job>>,
     free: Vec<u16>,
     /// Slots whose job waits for a bounce buffer.
@@ -79,8 +65,6 @@ pub struct UringQueue {
     bounces_made: usize,
     /// Completed without the ring.
     done: Vec<Completion>,
-    /// Entries the kernel has not yet completed.
-    in_ring: usize,
     /// The file system can't tell whether a read would wait.
     no_nowait: bool,
 }
@@ -88,27 +72,16 @@ pub struct UringQueue {
 impl UringQueue {
     /// A queue that holds up to `depth` requests. Fails where the kernel has no io_uring.
     pub fn new(host: Arc<Host>, depth: u16) -> io::Result<Self> {
-        let ring = make_ring(depth)?;
-        let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let submitter = ring.submitter();
-        submitter.register_files(&[host.file.as_raw_fd()])?;
-        submitter.register_eventfd(ready.as_raw_fd())?;
-        let mut restrictions: Vec<_> = OPERATIONS.map(Restriction::sqe_op).into();
-        restrictions.push(Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits()));
-        restrictions.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
-        submitter.register_restrictions(&mut restrictions)?;
+        let ring = Ring::new(depth.into(), &[host.file.as_raw_fd()], &OPERATIONS)?;
         Ok(Self {
             host,
             ring,
-            enabled: false,
-            ready,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             waiting: VecDeque::new(),
             bounces: Vec::new(),
             bounces_made: 0,
             done: Vec::with_capacity(depth.into()),
-            in_ring: 0,
             no_nowait: false,
         })
     }
@@ -165,9 +138,7 @@ impl UringQueue {
         let entry = entry(step, job.parts()).user_data(slot.into());
         // SAFETY: the pointers in the entry are to memory that the job keeps alive, and the job
         // stays in its slot until the completion is seen (see the module).
-        if unsafe { self.ring.submission().push(&entry) }.is_ok() {
-            self.in_ring += 1;
-        } else {
+        if !unsafe { self.ring.push(&entry) } {
             // Can't be: there is an entry for each slot, and a job has one at a time.
             self.finish(slot, Err(Errno::BUSY.into()));
         }
@@ -183,42 +154,10 @@ impl UringQueue {
         self.bounces.extend(bounce);
     }
 
-    /// Enables the ring for this thread on first use, then submits, and waits for `want`
-    /// completions.
-    fn enter(&mut self, want: usize) -> io::Result<()> {
-        if !self.enabled {
-            self.ring.submitter().register_enable_rings()?;
-            self.enabled = true;
-        }
-        let mut attempts = 0;
-        loop {
-            match self.ring.submit_and_wait(want) {
-                Ok(_) if self.ring.submission().is_empty() => return Ok(()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel is short of memory. What is in flight goes on meanwhile.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
-                    attempts += 1;
-                    if attempts > SUBMIT_ATTEMPTS {
-                        return Err(error);
-                    }
-                    std::thread::sleep(SUBMIT_PAUSE);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
     /// Takes what the kernel has completed, and goes on with those jobs.
     fn harvest(&mut self) -> io::Result<()> {
-        loop {
-            let Some(entry) = self.ring.completion().next() else {
-                break;
-            };
-            self.in_ring = self.in_ring.saturating_sub(1);
-            let result = usize::try_from(entry.result())
-                .map_err(|_| Errno::from_raw_os_error(entry.result().wrapping_neg()));
-            let slot = entry.user_data() as u16;
+        while let Some((slot, result)) = self.ring.next() {
+            let slot = slot as u16;
             let Some(job) = self
                 .slots
                 .get_mut(usize::from(slot))
@@ -236,32 +175,7 @@ impl UringQueue {
         {
             self.advance(slot);
         }
-        if self.ring.submission().is_empty() {
-            return Ok(());
-        }
-        self.enter(0)
-    }
-}
-
-fn make_ring(depth: u16) -> io::Result<IoUring> {
-    let entries = u32::from(depth.max(1));
-    let modern = IoUring::builder()
-        .dontfork()
-        .setup_r_disabled()
-        .setup_clamp()
-        .setup_submit_all()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .build(entries);
-    match modern {
-        // Linux before 6.1.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
-            .dontfork()
-            .setup_r_disabled()
-            .setup_clamp()
-            .build(entries),
-        other => other,
+        self.ring.start()
     }
 }
 
@@ -281,17 +195,8 @@ fn take_bounce(
 }
 
 fn entry(step: Step, parts: &[Part]) -> Entry {
-    // The kernel transfers at most 2 GiB less a page at a time; the rest is another step.
-    let short = |part: &Part| part.len_bytes().min(0x7fff_f000) as u32;
     match step {
-        Step::Read { offset } => match parts {
-            [part] => opcode::Read::new(FILE, part.start(), short(part))
-                .offset(offset)
-                .build(),
-            parts => opcode::Readv::new(FILE, as_iovecs(parts), parts.len() as u32)
-                .offset(offset)
-                .build(),
-        },
+        Step::Read { offset } => ring::read(FILE.0, parts, offset),
         Step::Write { offset, durable } => {
             let flags = if durable { libc::RWF_DSYNC } else { 0 };
             match parts {
@@ -334,17 +239,11 @@ impl Queue for UringQueue {
     }
 
     fn start(&mut self) -> io::Result<()> {
-        if self.ring.submission().is_empty() {
-            return Ok(());
-        }
-        self.enter(0)
+        self.ring.start()
     }
 
     fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
-        // Completions that are ready but not yet in the ring are put there by asking for them.
-        if self.enabled && self.ring.submission().taskrun() {
-            self.enter(0)?;
-        }
+        self.ring.fetch()?;
         self.harvest()?;
         completed.append(&mut self.done);
         Ok(())
@@ -353,11 +252,11 @@ impl Queue for UringQueue {
     fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
         loop {
             self.harvest()?;
-            if !self.done.is_empty() || self.in_ring == 0 {
+            if !self.done.is_empty() || self.ring.in_flight() == 0 {
                 completed.append(&mut self.done);
                 return Ok(());
             }
-            self.enter(1)?;
+            self.ring.enter(1)?;
         }
     }
 
@@ -366,12 +265,11 @@ impl Queue for UringQueue {
     }
 
     fn descriptor(&self) -> Option<RawFd> {
-        Some(self.ready.as_raw_fd())
+        Some(self.ring.descriptor())
     }
 
     fn acknowledge(&mut self) {
-        // Empty when somebody has been here already.
-        let _ = self.ready.read();
+        self.ring.acknowledge();
     }
 
     fn syscalls(&self) -> &'static [Allow] {
@@ -382,61 +280,12 @@ impl Queue for UringQueue {
 impl Drop for UringQueue {
     fn drop(&mut self) {
         let mut completed = Vec::new();
-        while self.in_ring > 0 {
+        while self.ring.in_flight() > 0 {
             if self.wait(&mut completed).is_err() {
                 // The kernel may still write to what these point to.
                 std::mem::forget(std::mem::take(&mut self.slots));
                 return;
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicI32};
-
-    use super::*;
-
-    #[test]
-    fn the_ring_does_six_operations_on_one_file_and_nothing_else() {
-        let file = Arc::new(tempfile::tempfile().unwrap());
-        let other = tempfile::tempfile().unwrap();
-        let host = Arc::new(Host {
-            file,
-            direct_memory_align: None,
-            logical_block: 512,
-            block_device: false,
-            no_punch_hole: AtomicBool::new(false),
-            no_zero_range: AtomicBool::new(false),
-            lost: AtomicI32::new(0),
-        });
-        let mut queue = match UringQueue::new(host, 4) {
-            Ok(queue) => queue,
-            Err(error) => {
-                eprintln!("SKIPPED: this kernel has no io_uring ({error})");
-                return;
-            }
-        };
-        queue.enter(0).unwrap();
-        let mut result = |entry: Entry| {
-            // SAFETY: none of these entries points to memory.
-            unsafe { queue.ring.submission().push(&entry) }.unwrap();
-            queue.ring.submit_and_wait(1).unwrap();
-            queue.ring.completion().next().unwrap().result()
-        };
-        assert_eq!(result(opcode::Fsync::new(FILE).build()), 0);
-        let forbidden = [
-            opcode::Nop::new().build().flags(Flags::FIXED_FILE),
-            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), std::ptr::null())
-                .build()
-                .flags(Flags::FIXED_FILE),
-            opcode::Fsync::new(types::Fd(other.as_raw_fd())).build(),
-            opcode::Fsync::new(FILE).build().flags(Flags::IO_LINK),
-        ];
-        for entry in forbidden {
-            assert_eq!(result(entry), -libc::EACCES);
-        }
-        assert!(queue.ring.submitter().unregister_files().is_err());
     }
 }

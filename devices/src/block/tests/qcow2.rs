@@ -1,0 +1,146 @@
+//! A thin disk, its threads inside their real filters.
+
+use super::*;
+use crate::block::ImageType;
+use crate::disk::qcow2::tests::qemu;
+
+const MIB: u64 = 1 << 20;
+
+/// An overlay with subclusters over a compressed image, and what is in it.
+fn overlay(folder: &std::path::Path) -> (std::path::PathBuf, Vec<u8>) {
+    let source = qemu::create(folder, "source.qcow2", "", SIZE);
+    qemu::scribble(&source, SIZE, 60, 1);
+    let base = folder.join("base.qcow2");
+    let (source, base) = (source.display(), base.display());
+    qemu::img(&format!(
+        "convert -c -f qcow2 -O qcow2 -o compression_type=zstd {source} {base}"
+    ));
+    let options = format!("extended_l2=on,backing_file={base},backing_fmt=qcow2");
+    let path = qemu::create(folder, "top.qcow2", &options, SIZE);
+    qemu::scribble(&path, SIZE, 60, 2);
+    let content = qemu::content(&path);
+    (path, content)
+}
+
+#[test]
+fn a_thin_disk_is_read_within_the_filter_and_its_writes_are_refused() {
+    let Some(folder) = qemu::folder() else { return };
+    let (path, content) = overlay(folder.path());
+    for setup in setups() {
+        let mut disk = Disk::with(setup, |config| {
+            config.path = path.clone();
+            config.image_type = ImageType::Qcow2;
+            config.backing_files = true;
+            config.readonly = true;
+            config.validate().unwrap();
+        });
+        let mut at = 0;
+        while at < SIZE {
+            let (status, bytes) = disk.read(at / 512, MIB as u32);
+            assert_eq!(status, OK, "{setup:?}");
+            let range = at as usize..(at + MIB) as usize;
+            assert!(bytes == content[range], "{setup:?}: {at}");
+            at += MIB;
+        }
+        // Deep, and through memory that O_DIRECT does not take.
+        for round in 0..8_u64 {
+            let sector = |i: u64| (i * 331 + round * 1009) % (SIZE / 512 - 8);
+            for i in 0..40 {
+                let base = BUFFERS + 0x10_0000 + i * 0x4000;
+                disk.header(base, 0, sector(i));
+                let pieces = [
+                    (base, 16, false),
+                    (base + 0x101, 4096, true),
+                    (base + 0x2000, 1, true),
+                ];
+                let head = disk.driver.chain(&pieces);
+                disk.driver.offer(head);
+            }
+            disk.driver.ring();
+            for _ in 0..40 {
+                disk.driver.wait_used();
+            }
+            for i in 0..40 {
+                let base = BUFFERS + 0x10_0000 + i * 0x4000;
+                assert_eq!(disk.driver.peek(base + 0x2000, 1), [OK], "{setup:?}");
+                let from = sector(i) as usize * 512;
+                let bytes = disk.driver.peek(base + 0x101, 4096);
+                assert!(bytes == content[from..from + 4096], "{setup:?}: {from}");
+            }
+        }
+        assert_eq!(disk.flush(), OK);
+        assert_eq!(disk.write(0, &[1; 512]), IOERR);
+        assert!(disk.io_errors().is_empty());
+    }
+}
+
+#[test]
+fn several_queues_read_one_thin_disk_at_once() {
+    let Some(folder) = qemu::folder() else { return };
+    let (path, content) = overlay(folder.path());
+    let image = image();
+    let plain = Setup {
+        direct: false,
+        sync: false,
+        event_idx: true,
+    };
+    let mut config = config(&image, plain);
+    config.path = path;
+    config.image_type = ImageType::Qcow2;
+    config.backing_files = true;
+    config.readonly = true;
+    config.num_queues = 4;
+    let (block, _events) = build(&config).unwrap();
+    let block = &block;
+    std::thread::scope(|scope| {
+        for index in 0..4_u16 {
+            let content = &content;
+            scope.spawn(move || {
+                let memory = memory();
+                let mut driver = Driver::new(memory, index, config_queue(), true);
+                driver.activate(&block.workers()[usize::from(index)], index);
+                for i in 0..64_u64 {
+                    let sector = (i * 251 + u64::from(index)) % (SIZE / 512 - 64);
+                    let mut header = [0; 16];
+                    header[8..].copy_from_slice(&sector.to_le_bytes());
+                    driver.poke(HEADER, &header);
+                    let pieces = [(HEADER, 16, false), (DATA, 32768, true), (STATUS, 1, true)];
+                    let head = driver.chain(&pieces);
+                    driver.offer(head);
+                    driver.ring();
+                    driver.wait_used();
+                    assert_eq!(driver.peek(STATUS, 1), [OK]);
+                    let from = sector as usize * 512;
+                    assert!(driver.peek(DATA, 32768) == content[from..from + 32768]);
+                }
+            });
+        }
+    });
+}
+
+fn config_queue() -> u16 {
+    128
+}
+
+#[test]
+fn what_is_not_built_for_thin_disks_is_refused() {
+    let image = image();
+    let plain = Setup {
+        direct: false,
+        sync: false,
+        event_idx: false,
+    };
+    let mut config = config(&image, plain);
+    config.backing_files = true;
+    assert_eq!(config.validate().unwrap_err().field, "backing_files");
+    config.image_type = ImageType::Qcow2;
+    let refused = config.validate().unwrap_err().to_string();
+    assert!(
+        refused.starts_with("readonly: not supported yet"),
+        "{refused}"
+    );
+    config.readonly = true;
+    config.validate().unwrap();
+    let refused = build(&config).err().unwrap().to_string();
+    assert!(refused.contains("it is not a qcow2 image"), "{refused}");
+}

@@ -1,0 +1,386 @@
+//! An image and what lies below it.
+//!
+//! The format of each image is told, by the configuration or by the header of the one above it,
+//! and never guessed. Names in headers are followed only where the configuration says so, and only
+//! to regular files: no protocols, no `json:`, no devices, not back to an image of the same chain.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::super::buffers::{AlignedBuffer, Buffers, read_at};
+use super::super::lock::ImageLock;
+use super::super::open::{HostFile, open_file};
+use super::super::{Format, Geometry, OpenOptions};
+use super::cache::{SliceCache, SliceKey};
+use super::header::{self, Backing, Header, MAX_CLUSTER, Unusable};
+use super::map::{Compressed, Layout, Mapping};
+use crate::config::{BuildError, Invalid};
+
+/// The most images one on top of another.
+const MAX_DEPTH: usize = 64;
+/// The most bytes of L1 tables in a chain: twice what the largest image has.
+const MAX_L1_BYTES: usize = 64 << 20;
+/// The most bytes of L2 slices kept in memory.
+const CACHE_BYTES: usize = 32 << 20;
+
+/// What O_DIRECT asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Alignment {
+    /// Of addresses in memory.
+    pub memory: u32,
+    /// Of offsets and lengths.
+    pub file: u32,
+}
+
+/// One image of a chain.
+pub struct Layer {
+    pub file: Arc<File>,
+    /// With O_DIRECT.
+    pub direct: Option<Alignment>,
+    /// Size of the disk.
+    size_bytes: u64,
+    /// Size of the file when it was opened.
+    pub file_bytes: u64,
+    /// `None` for a raw image.
+    tables: Option<Tables>,
+    _lock: ImageLock,
+}
+
+struct Tables {
+    layout: Layout,
+    l1: Box<[u64]>,
+}
+
+impl Layer {
+    /// How the image divides the disk; `None` for a raw image.
+    pub fn layout(&self) -> Option<&Layout> {
+        self.tables.as_ref().map(|tables| &tables.layout)
+    }
+}
+
+/// Where the bytes of a range are, in the whole chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// In the file of a layer, at an offset.
+    Data(u16, u64),
+    /// Nowhere: they are zeroes.
+    Zero,
+    /// In a compressed cluster of a layer, from this byte of it on.
+    Compressed(u16, Compressed, usize),
+}
+
+/// The answer to [`Chain::look_up`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// Found; it holds for this many bytes.
+    Found(Found, u64),
+    /// This slice must be read first.
+    Missing(SliceKey),
+    /// The metadata of this layer contradicts itself.
+    Corrupt(u16),
+}
+
+/// An image and what lies below it, the topmost first.
+pub struct Chain {
+    pub layers: Vec<Layer>,
+    cache: Mutex<SliceCache>,
+}
+
+/// What opening found out about the topmost image.
+pub struct Top {
+    pub geometry: Geometry,
+    pub serial: String,
+}
+
+impl Chain {
+    /// Opens and locks all of them, for reading.
+    pub fn open(options: &OpenOptions) -> Result<(Self, Top), BuildError> {
+        let mut layers = Vec::new();
+        let mut seen = Vec::new();
+        let mut l1_bytes = 0;
+        let mut top = None;
+        let mut next = Some((options.path.clone(), Format::Qcow2));
+        while let Some((path, format)) = next.take() {
+            let host = open_host(options, &path, layers.is_empty())?;
+            if seen.contains(&host.identity) {
+                return Err(refused(&path, "it is its own backing file"));
+            }
+            if layers.len() == MAX_DEPTH {
+                let reason = format!("more than {MAX_DEPTH} images lie one on top of another");
+                return Err(refused(&options.path, reason));
+            }
+            seen.push(host.identity);
+            top.get_or_insert_with(|| Top {
+                geometry: host.geometry,
+                serial: host.serial.clone(),
+            });
+            let (size_bytes, tables) = match format {
+                Format::Raw => (host.size_bytes, None),
+                Format::Qcow2 => {
+                    let header = read_header(&host, &path)?;
+                    l1_bytes += header.l1_entries * 8;
+                    if l1_bytes > MAX_L1_BYTES {
+                        return Err(refused(&path, "the L1 tables of the chain are too large"));
+                    }
+                    next = match &header.backing {
+                        Some(backing) => Some(backing_file(backing, &path, options)?),
+                        None => None,
+                    };
+                    let tables = Tables {
+                        layout: Layout::new(&header),
+                        l1: read_l1(&host, &header, &path)?,
+                    };
+                    (header.size_bytes, Some(tables))
+                }
+            };
+            layers.push(Layer {
+                direct: alignment(&host),
+                file: host.file,
+                size_bytes,
+                file_bytes: host.size_bytes,
+                tables,
+                _lock: host.lock,
+            });
+        }
+        let slice_bytes = layers
+            .iter()
+            .filter_map(Layer::layout)
+            .map(Layout::slice_bytes);
+        let capacity = CACHE_BYTES / slice_bytes.max().unwrap_or(CACHE_BYTES);
+        let chain = Self {
+            layers,
+            cache: Mutex::new(SliceCache::new(capacity)),
+        };
+        let top = top.ok_or_else(|| refused(&options.path, "there is no image"))?;
+        Ok((chain, top))
+    }
+
+    /// Size of the disk.
+    pub fn size_bytes(&self) -> u64 {
+        self.layers.first().map_or(0, |layer| layer.size_bytes)
+    }
+
+    /// Where up to `len` bytes from `position` of the disk on are; `len` is not 0.
+    pub fn look_up(&self, position: u64, mut len: u64) -> Lookup {
+        for (number, layer) in (0_u16..).zip(&self.layers) {
+            let left = layer.size_bytes.saturating_sub(position);
+            if left == 0 {
+                // Not in anything below it either: what is beyond its end can't be seen through it.
+                return Lookup::Found(Found::Zero, len);
+            }
+            len = len.min(left);
+            let Some(tables) = &layer.tables else {
+                return Lookup::Found(Found::Data(number, position), len);
+            };
+            let mapping = match self.look_up_in(number, tables, position, len) {
+                Ok((mapping, span)) => {
+                    len = span;
+                    mapping
+                }
+                Err(other) => return other,
+            };
+            let found = match mapping {
+                Mapping::Unallocated => continue,
+                Mapping::Zero => Found::Zero,
+                Mapping::Data(offset) => Found::Data(number, offset),
+                Mapping::Compressed(cluster, within) => Found::Compressed(number, cluster, within),
+            };
+            return Lookup::Found(found, len);
+        }
+        Lookup::Found(Found::Zero, len)
+    }
+
+    fn look_up_in(
+        &self,
+        layer: u16,
+        tables: &Tables,
+        position: u64,
+        len: u64,
+    ) -> Result<(Mapping, u64), Lookup> {
+        let place = tables.layout.place(position);
+        let entry = tables.l1.get(place.l1_index);
+        let table = entry.and_then(|entry| tables.layout.l2_table(*entry).ok());
+        let len = len.min(place.span);
+        let offset = match table {
+            None => return Err(Lookup::Corrupt(layer)),
+            Some(None) => return Ok((Mapping::Unallocated, len)),
+            Some(Some(table)) => table + place.slice_offset,
+        };
+        let key = SliceKey { layer, offset };
+        let mut cache = self.cache();
+        let slice = cache.get(key).ok_or(Lookup::Missing(key))?;
+        let mapped = tables.layout.map(slice, &place, len);
+        mapped.map_err(|_| Lookup::Corrupt(layer))
+    }
+
+    /// Bytes of the slices of a layer.
+    pub fn slice_bytes(&self, layer: u16) -> usize {
+        let layout = self.layers.get(usize::from(layer)).and_then(Layer::layout);
+        layout.map_or(0, Layout::slice_bytes)
+    }
+
+    /// Takes in a slice that was read.
+    pub fn slice_read(&self, key: SliceKey, bytes: &[u8]) {
+        self.cache().insert(key, bytes.into());
+    }
+
+    /// Held only to look at a slice or to put one in.
+    fn cache(&self) -> std::sync::MutexGuard<'_, SliceCache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn alignment(host: &HostFile) -> Option<Alignment> {
+    host.direct_memory_align.map(|memory| Alignment {
+        memory,
+        file: host.geometry.logical_block,
+    })
+}
+
+fn open_host(options: &OpenOptions, path: &Path, top: bool) -> Result<HostFile, BuildError> {
+    let options = OpenOptions {
+        path: path.into(),
+        readonly: true,
+        ..options.clone()
+    };
+    let host = open_file(&options);
+    if top {
+        return host;
+    }
+    match host {
+        Ok(host) if host.block_device => {
+            Err(refused(path, "a backing file must be a regular file"))
+        }
+        Err(BuildError::Invalid(invalid)) => Err(Invalid::new(
+            invalid.field,
+            format!("backing file {}: {}", path.display(), invalid.reason),
+        )
+        .into()),
+        other => other,
+    }
+}
+
+fn read_header(host: &HostFile, path: &Path) -> Result<Header, BuildError> {
+    let read = |len| read(host, 0, len).map_err(|e| failed(path, e));
+    let unusable = |unusable: Unusable| refused(path, unusable.to_string());
+    let start = read(512)?;
+    let cluster = header::cluster_bytes(&start).map_err(unusable)?;
+    let header = Header::parse(&read(cluster.min(MAX_CLUSTER))?).map_err(unusable)?;
+    if header.corrupt {
+        let path = path.display();
+        tracing::warn!("{path} is marked as corrupt; it is only read");
+    }
+    Ok(header)
+}
+
+fn read_l1(host: &HostFile, header: &Header, path: &Path) -> Result<Box<[u64]>, BuildError> {
+    let bytes = read(host, header.l1_offset, header.l1_entries * 8).map_err(|e| failed(path, e))?;
+    if bytes.len() < header.l1_entries * 8 {
+        return Err(refused(path, Unusable::TooShort("L1 table").to_string()));
+    }
+    let (entries, _) = bytes.as_chunks();
+    Ok(entries.iter().copied().map(u64::from_be_bytes).collect())
+}
+
+/// Up to `len` bytes from `offset` on; fewer where the file ends.
+fn read(host: &HostFile, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let (start, skip, total) = enclosing(alignment(host), offset, len);
+    let buffer = Arc::new(AlignedBuffer::zeroed(total, 4096)?);
+    let mut buffers = Buffers::default();
+    buffers
+        .push_own(&buffer, 0, total)
+        .map_err(io::Error::other)?;
+    let mut done = 0;
+    while done < total {
+        match read_at(
+            host.file.as_fd(),
+            buffers.parts(),
+            start + done as u64,
+            false,
+        ) {
+            Ok(0) => break,
+            Ok(count) => {
+                buffers.advance(count as u64);
+                done += count;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The end of a file whose size is no multiple of what O_DIRECT transfers.
+            Err(error) if done > 0 && error.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    let end = done.min(skip + len);
+    Ok(buffer.bytes().get(skip..end).unwrap_or(&[]).to_vec())
+}
+
+/// The range to read for one that need not be aligned: where it begins, how many bytes of it come
+/// before those that were asked for, and how many it has.
+pub fn enclosing(direct: Option<Alignment>, offset: u64, len: usize) -> (u64, usize, usize) {
+    let unit = direct.map_or(1, |direct| u64::from(direct.file.max(1)));
+    let skip = offset % unit;
+    let total = (skip + len as u64).next_multiple_of(unit);
+    (offset - skip, skip as usize, total as usize)
+}
+
+/// Path and format of the backing file that the header of `overlay` names.
+fn backing_file(
+    backing: &Backing,
+    overlay: &Path,
+    options: &OpenOptions,
+) -> Result<(PathBuf, Format), BuildError> {
+    let name = backing.name.escape_ascii();
+    if !options.backing_files {
+        return Err(Invalid::new(
+            "backing_files",
+            format!(
+                "must be true for {}, which has the backing file `{name}`",
+                overlay.display()
+            ),
+        )
+        .into());
+    }
+    let format = match backing.format.as_deref() {
+        Some(b"raw") => Format::Raw,
+        Some(b"qcow2") => Format::Qcow2,
+        Some(other) => {
+            let reason = format!(
+                "its backing file `{name}` has the format `{}`; only raw and qcow2 are supported",
+                other.escape_ascii()
+            );
+            return Err(refused(overlay, reason));
+        }
+        None => {
+            let reason = format!(
+                "it does not record the format of its backing file `{name}`, and a format is never \
+                 guessed (`qemu-img rebase -u -F` records it)"
+            );
+            return Err(refused(overlay, reason));
+        }
+    };
+    let is_protocol = backing
+        .name
+        .iter()
+        .find(|byte| matches!(byte, b':' | b'/'))
+        .is_some_and(|byte| *byte == b':');
+    if is_protocol || backing.name.contains(&0) {
+        let reason = format!("the name of its backing file, `{name}`, is not that of a file");
+        return Err(refused(overlay, reason));
+    }
+    // An absolute name replaces the folder.
+    let folder = overlay.parent().unwrap_or(Path::new(""));
+    Ok((folder.join(OsStr::from_bytes(&backing.name)), format))
+}
+
+fn refused(path: &Path, reason: impl AsRef<str>) -> BuildError {
+    let reason = format!("{}: {}", path.display(), reason.as_ref());
+    Invalid::new("path", reason).into()
+}
+
+fn failed(path: &Path, error: io::Error) -> BuildError {
+    BuildError::host(format!("reading {}", path.display()), error)
+}

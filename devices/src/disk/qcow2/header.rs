@@ -1,0 +1,480 @@
+//! The header and its extensions (QEMU's `docs/interop/qcow2.txt`, "Header").
+//!
+//! Pure: from the bytes of the first cluster to what they say, every number checked against the
+//! caps that QEMU has too, so that nothing is allocated or read by the word of a hostile image.
+
+use thiserror::Error;
+
+/// The longest cluster, and so the most of the file that a header can take.
+pub const MAX_CLUSTER: usize = 2 << 20;
+
+const MAGIC: &[u8] = b"QFI\xfb";
+const V2_BYTES: usize = 72;
+const V3_BYTES: usize = 104;
+
+const MAX_L1_BYTES: u64 = 32 << 20;
+const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+const MAX_SNAPSHOTS: u32 = 65536;
+const MAX_BACKING_NAME: u32 = 1023;
+
+/// Offsets in the image file have 56 bits.
+pub const OFFSET_LIMIT: u64 = 1 << 56;
+
+const DIRTY: u64 = 1 << 0;
+const CORRUPT: u64 = 1 << 1;
+const EXTERNAL_DATA_FILE: u64 = 1 << 2;
+const COMPRESSION_TYPE: u64 = 1 << 3;
+const EXTENDED_L2: u64 = 1 << 4;
+
+const EXTENSION_END: u32 = 0;
+const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+
+/// Why an image can't be used.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Unusable {
+    /// The magic is not there.
+    #[error("it is not a qcow2 image")]
+    NotQcow2,
+    /// The file ends within its metadata.
+    #[error("the file ends within its {0}")]
+    TooShort(&'static str),
+    /// Something contradicts the format.
+    #[error("{0}")]
+    Damaged(String),
+    /// It uses something that we don't have.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+}
+
+fn damaged(what: impl Into<String>) -> Unusable {
+    Unusable::Damaged(what.into())
+}
+
+/// How clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Raw deflate.
+    Zlib,
+    /// A zstd frame.
+    Zstd,
+}
+
+/// The backing file that a header names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Its name, as it stands there.
+    pub name: Vec<u8>,
+    /// Its format, where that is recorded.
+    pub format: Option<Vec<u8>>,
+}
+
+/// What a header says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// A cluster has 2 to the power of this many bytes: 9 to 21.
+    pub cluster_bits: u32,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Where the L1 table begins.
+    pub l1_offset: u64,
+    /// Entries of it that the disk's size needs; the table has at least as many.
+    pub l1_entries: usize,
+    /// L2 entries have 16 bytes and describe 32 subclusters.
+    pub extended_l2: bool,
+    /// The kind of compressed clusters.
+    pub compression: Compression,
+    /// Whether whoever wrote to it last found that it contradicts itself.
+    pub corrupt: bool,
+    /// What lies below it.
+    pub backing: Option<Backing>,
+}
+
+/// The cluster size that a header claims, checked; so much of the file it may take.
+pub fn cluster_bytes(header: &[u8]) -> Result<usize, Unusable> {
+    let fields = Fields(header);
+    if header.get(..4) != Some(MAGIC) {
+        return Err(Unusable::NotQcow2);
+    }
+    let bits = fields.u32(20)?;
+    if !(9..=21).contains(&bits) {
+        return Err(damaged(format!(
+            "its clusters have 2^{bits} bytes; 2^9 to 2^21 are possible"
+        )));
+    }
+    Ok(1 << bits)
+}
+
+impl Header {
+    /// Reads it from the first cluster of the file (or less, where the file ends earlier).
+    pub fn parse(bytes: &[u8]) -> Result<Self, Unusable> {
+        let cluster = cluster_bytes(bytes)?;
+        let bytes = &bytes[..bytes.len().min(cluster)];
+        let fields = Fields(bytes);
+        let version = fields.u32(4)?;
+        let (features, length) = match version {
+            2 => (0, V2_BYTES),
+            3 => (fields.u64(72)?, fields.u32(100)? as usize),
+            other => {
+                return Err(Unusable::Unsupported(format!(
+                    "qcow2 version {other} (only 2 and 3)"
+                )));
+            }
+        };
+        if version == 3 && (length < V3_BYTES || !length.is_multiple_of(8)) {
+            return Err(damaged(format!("its header has {length} bytes")));
+        }
+        if length > bytes.len() {
+            return Err(Unusable::TooShort("header"));
+        }
+        let name = backing_name(&fields, cluster)?;
+        let end = match &name {
+            Some((offset, _)) => *offset,
+            None => bytes.len(),
+        };
+        let extensions = Extensions::parse(bytes, length, end)?;
+        check_features(features, &extensions.feature_names)?;
+        check_encryption(fields.u32(32)?)?;
+        let compression = compression(&fields, features, length)?;
+        let extended_l2 = features & EXTENDED_L2 != 0;
+        if extended_l2 && cluster < 1 << 14 {
+            return Err(damaged("subclusters need clusters of 16 KiB or more"));
+        }
+        let cluster = cluster as u64;
+        check_refcounts(&fields, version, cluster)?;
+        check_snapshots(&fields, cluster)?;
+        let size_bytes = fields.u64(24)?;
+        let (l1_offset, l1_entries) = l1_table(&fields, size_bytes, cluster, extended_l2)?;
+        Ok(Self {
+            version,
+            cluster_bits: cluster.trailing_zeros(),
+            size_bytes,
+            l1_offset,
+            l1_entries,
+            extended_l2,
+            compression,
+            corrupt: features & CORRUPT != 0,
+            backing: name.map(|(_, name)| Backing {
+                name,
+                format: extensions.backing_format,
+            }),
+        })
+    }
+}
+
+/// The bytes of a header by their offsets.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn array<const N: usize>(&self, offset: usize) -> Result<[u8; N], Unusable> {
+        self.0
+            .get(offset..)
+            .and_then(|rest| rest.first_chunk())
+            .copied()
+            .ok_or(Unusable::TooShort("header"))
+    }
+
+    fn u32(&self, offset: usize) -> Result<u32, Unusable> {
+        self.array(offset).map(u32::from_be_bytes)
+    }
+
+    fn u64(&self, offset: usize) -> Result<u64, Unusable> {
+        self.array(offset).map(u64::from_be_bytes)
+    }
+}
+
+/// Where the backing file's name stands, and the name.
+fn backing_name(fields: &Fields<'_>, cluster: usize) -> Result<Option<(usize, Vec<u8>)>, Unusable> {
+    let (offset, len) = (fields.u64(8)?, fields.u32(16)?);
+    if offset == 0 || len == 0 {
+        return Ok(None);
+    }
+    let end = offset.saturating_add(len.into());
+    if len > MAX_BACKING_NAME || end > cluster as u64 || offset < V2_BYTES as u64 {
+        return Err(damaged(
+            "the name of its backing file is not in its first cluster, or too long",
+        ));
+    }
+    let name = fields.0.get(offset as usize..end as usize);
+    let name = name.ok_or(Unusable::TooShort("backing file's name"))?;
+    Ok(Some((offset as usize, name.to_vec())))
+}
+
+#[derive(Default)]
+struct Extensions {
+    backing_format: Option<Vec<u8>>,
+    /// Entries of 48 bytes.
+    feature_names: Vec<u8>,
+}
+
+impl Extensions {
+    /// Reads those from `start` on; those we don't know are none of a reader's business.
+    fn parse(bytes: &[u8], start: usize, end: usize) -> Result<Self, Unusable> {
+        let area = Fields(&bytes[..end.min(bytes.len())]);
+        let mut found = Self::default();
+        let mut at = start;
+        // An area that is full has no end mark.
+        while at + 8 <= area.0.len() {
+            let (kind, len) = (area.u32(at)?, area.u32(at + 4)? as usize);
+            if kind == EXTENSION_END {
+                break;
+            }
+            let data = area
+                .0
+                .get(at + 8..)
+                .and_then(|rest| rest.get(..len))
+                .ok_or_else(|| damaged(format!("its header extension {kind:#x} is too long")))?;
+            match kind {
+                EXTENSION_BACKING_FORMAT => found.backing_format = Some(data.to_vec()),
+                EXTENSION_FEATURE_NAMES => found.feature_names = data.to_vec(),
+                _ => {}
+            }
+            at += 8 + len.next_multiple_of(8);
+        }
+        Ok(found)
+    }
+}
+
+fn check_features(features: u64, names: &[u8]) -> Result<(), Unusable> {
+    let unknown = features & !(DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2);
+    if unknown == 0 {
+        return Ok(());
+    }
+    let bit = unknown.trailing_zeros();
+    if unknown & EXTERNAL_DATA_FILE != 0 {
+        return Err(Unusable::Unsupported(format!(
+            "an external data file (incompatible feature bit {bit})"
+        )));
+    }
+    let name = names
+        .chunks_exact(48)
+        .find(|entry| entry[0] == 0 && u32::from(entry[1]) == bit)
+        .map(|entry| {
+            let text = entry[2..].split(|byte| *byte == 0).next().unwrap_or(&[]);
+            format!(" `{}`", text.escape_ascii())
+        });
+    Err(Unusable::Unsupported(format!(
+        "incompatible feature bit {bit}{}",
+        name.unwrap_or_default()
+    )))
+}
+
+fn check_encryption(method: u32) -> Result<(), Unusable> {
+    let name = match method {
+        0 => return Ok(()),
+        1 => "AES".into(),
+        2 => "LUKS".into(),
+        other => format!("method {other}"),
+    };
+    Err(Unusable::Unsupported(format!("encryption ({name})")))
+}
+
+fn compression(
+    fields: &Fields<'_>,
+    features: u64,
+    header_length: usize,
+) -> Result<Compression, Unusable> {
+    let kind = match header_length > V3_BYTES {
+        true => fields.array::<1>(V3_BYTES)?[0],
+        false => 0,
+    };
+    if (features & COMPRESSION_TYPE != 0) != (kind != 0) {
+        return Err(damaged(
+            "its compression type and incompatible feature bit 3 contradict one another",
+        ));
+    }
+    match kind {
+        0 => Ok(Compression::Zlib),
+        1 => Ok(Compression::Zstd),
+        other => Err(Unusable::Unsupported(format!("compression type {other}"))),
+    }
+}
+
+/// Reading does not need the refcounts, but an image without them is not one.
+fn check_refcounts(fields: &Fields<'_>, version: u32, cluster: u64) -> Result<(), Unusable> {
+    if version == 3 && fields.u32(96)? > 6 {
+        return Err(damaged("its refcounts have more than 64 bits"));
+    }
+    let (offset, clusters) = (fields.u64(48)?, fields.u32(56)?);
+    if clusters == 0 || u64::from(clusters) * cluster > MAX_REFCOUNT_TABLE_BYTES {
+        return Err(damaged(format!(
+            "its refcount table has {clusters} clusters"
+        )));
+    }
+    check_offset("refcount table", offset, cluster)
+}
+
+fn check_snapshots(fields: &Fields<'_>, cluster: u64) -> Result<(), Unusable> {
+    let (count, offset) = (fields.u32(60)?, fields.u64(64)?);
+    if count > MAX_SNAPSHOTS {
+        return Err(damaged(format!("it has {count} snapshots")));
+    }
+    match count {
+        0 => Ok(()),
+        _ => check_offset("snapshot table", offset, cluster),
+    }
+}
+
+fn check_offset(what: &str, offset: u64, cluster: u64) -> Result<(), Unusable> {
+    if offset < cluster || !offset.is_multiple_of(cluster) || offset >= OFFSET_LIMIT {
+        return Err(damaged(format!("its {what} is at {offset:#x}")));
+    }
+    Ok(())
+}
+
+fn l1_table(
+    fields: &Fields<'_>,
+    size_bytes: u64,
+    cluster: u64,
+    extended_l2: bool,
+) -> Result<(u64, usize), Unusable> {
+    let (entries, offset) = (u64::from(fields.u32(36)?), fields.u64(40)?);
+    if entries * 8 > MAX_L1_BYTES {
+        return Err(damaged(format!("its L1 table has {entries} entries")));
+    }
+    let per_table = cluster / if extended_l2 { 16 } else { 8 };
+    let needed = size_bytes.div_ceil(cluster * per_table);
+    if needed > entries {
+        return Err(damaged(format!(
+            "its L1 table of {entries} entries is too small for a disk of {size_bytes} bytes"
+        )));
+    }
+    if needed > 0 {
+        check_offset("L1 table", offset, cluster)?;
+    }
+    Ok((offset, needed as usize))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A version 3 header as qemu-img writes it: 1 GiB, clusters of 64 KiB.
+    fn sample() -> Vec<u8> {
+        let mut bytes = vec![0; 65536];
+        let mut put = |offset: usize, field: &[u8]| {
+            bytes[offset..offset + field.len()].copy_from_slice(field);
+        };
+        put(0, MAGIC);
+        put(4, &3_u32.to_be_bytes());
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 30).to_be_bytes());
+        put(36, &2_u32.to_be_bytes());
+        put(40, &0x3_0000_u64.to_be_bytes());
+        put(48, &0x1_0000_u64.to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &112_u32.to_be_bytes());
+        bytes
+    }
+
+    fn with(changes: &[(usize, &[u8])]) -> Result<Header, Unusable> {
+        let mut bytes = sample();
+        for (offset, field) in changes {
+            bytes[*offset..*offset + field.len()].copy_from_slice(field);
+        }
+        Header::parse(&bytes)
+    }
+
+    #[test]
+    fn a_plain_header_says_what_it_says() {
+        let header = Header::parse(&sample()).unwrap();
+        assert_eq!(header.version, 3);
+        assert_eq!(header.cluster_bits, 16);
+        assert_eq!(header.size_bytes, 1 << 30);
+        assert_eq!((header.l1_offset, header.l1_entries), (0x3_0000, 2));
+        assert_eq!(header.backing, None);
+        assert_eq!(header.compression, Compression::Zlib);
+    }
+
+    #[test]
+    fn an_unknown_incompatible_feature_is_refused_by_bit_and_name() {
+        let bit = 1_u64 << 5;
+        let refused = with(&[(72, &bit.to_be_bytes())]).unwrap_err().to_string();
+        assert_eq!(refused, "not supported: incompatible feature bit 5");
+        let mut names = [0; 56];
+        names[..8].copy_from_slice(&[0x68, 3, 0xf8, 0x57, 0, 0, 0, 48]);
+        names[8..16].copy_from_slice(b"\0\x05shiny\n");
+        let refused = with(&[(72, &bit.to_be_bytes()), (112, &names)]).unwrap_err();
+        let refused = refused.to_string();
+        assert_eq!(
+            refused,
+            "not supported: incompatible feature bit 5 `shiny\\n`"
+        );
+        let external = with(&[(72, &4_u64.to_be_bytes())]).unwrap_err().to_string();
+        assert!(external.contains("external data file"), "{external}");
+        let luks = with(&[(32, &2_u32.to_be_bytes())]).unwrap_err().to_string();
+        assert!(luks.contains("encryption (LUKS)"), "{luks}");
+    }
+
+    #[test]
+    fn numbers_that_no_image_has_are_refused() {
+        let refused: &[(usize, &[u8])] = &[
+            (0, b"QFI\0"),
+            (4, &1_u32.to_be_bytes()),
+            (4, &4_u32.to_be_bytes()),
+            (20, &8_u32.to_be_bytes()),
+            (20, &22_u32.to_be_bytes()),
+            (24, &u64::MAX.to_be_bytes()),
+            (24, &(1_u64 << 63).to_be_bytes()),
+            (36, &u32::MAX.to_be_bytes()),
+            (36, &1_u32.to_be_bytes()),
+            (40, &0_u64.to_be_bytes()),
+            (40, &0x3_0200_u64.to_be_bytes()),
+            (40, &(1_u64 << 63).to_be_bytes()),
+            (48, &0_u64.to_be_bytes()),
+            (56, &0_u32.to_be_bytes()),
+            (56, &u32::MAX.to_be_bytes()),
+            (60, &65537_u32.to_be_bytes()),
+            (60, &1_u32.to_be_bytes()),
+            (72, &8_u64.to_be_bytes()),
+            (96, &7_u32.to_be_bytes()),
+            (100, &96_u32.to_be_bytes()),
+            (100, &109_u32.to_be_bytes()),
+            (100, &u32::MAX.to_be_bytes()),
+            (104, &[1]),
+        ];
+        for (offset, field) in refused {
+            assert!(
+                with(&[(*offset, field)]).is_err(),
+                "{offset} {}",
+                field.escape_ascii()
+            );
+        }
+    }
+
+    #[test]
+    fn a_backing_name_outside_of_the_first_cluster_is_refused() {
+        let backing = |offset: u64, len: u32| {
+            with(&[(8, &offset.to_be_bytes()), (16, &len.to_be_bytes())]).map(|h| h.backing)
+        };
+        assert!(backing(65530, 7).is_err());
+        assert!(backing(u64::MAX, 7).is_err());
+        assert!(backing(4096, 1024).is_err());
+        assert!(backing(16, 10).is_err());
+        assert_eq!(backing(0, 10), Ok(None));
+        let found = backing(4096, 3).unwrap().unwrap();
+        assert_eq!(found.name, [0, 0, 0]);
+        assert_eq!(found.format, None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_panics(
+            changes in prop::collection::vec((0_usize..256, any::<u8>()), 0..12),
+            len in 0_usize..600,
+        ) {
+            let mut bytes = sample();
+            for (offset, byte) in changes {
+                bytes[offset] = byte;
+            }
+            let _ = Header::parse(&bytes);
+            bytes.truncate(len);
+            let _ = Header::parse(&bytes);
+        }
+    }
+}
