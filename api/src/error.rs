@@ -252,6 +252,7 @@ impl From<Error> for ApiError {
             Error::NotRemovable { .. } => (StatusCode::CONFLICT, "not-removable"),
             Error::DuplicateId { .. } => (StatusCode::CONFLICT, "duplicate-id"),
             Error::DuplicatePath { .. } => (StatusCode::CONFLICT, "duplicate-path"),
+            Error::BelowFloor { .. } => (StatusCode::CONFLICT, "below-floor"),
             Error::Invalid(invalid) => (StatusCode::BAD_REQUEST, code_of(invalid)),
             Error::Busy { .. } => (StatusCode::CONFLICT, "busy"),
             Error::NoSlot(_) => (StatusCode::CONFLICT, "no-slot"),
@@ -262,6 +263,7 @@ impl From<Error> for ApiError {
         let field = match error {
             Error::Invalid(Invalid { field, .. })
             | Error::DuplicateId { field, .. }
+            | Error::BelowFloor { field, .. }
             | Error::DuplicatePath { field, .. } => Some(field),
             _ => None,
         };

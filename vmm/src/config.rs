@@ -22,11 +22,13 @@ use crate::vm::RNG_ID;
 mod balloons;
 mod cpus;
 mod memory;
+mod overcommit;
 mod platform;
 
 pub use balloons::{BALLOON_ID, VmResize};
 pub use cpus::{CoreFeatures, CpuTopology, CpusConfig};
 pub use memory::MemoryConfig;
+pub use overcommit::{OvercommitConfig, OvercommitMode};
 pub use platform::PlatformConfig;
 
 /// The most vCPUs a VM can have.
@@ -62,6 +64,10 @@ pub struct VmConfig {
         skip_serializing_if = "Vec::is_empty"
     )]
     pub balloons: Vec<BalloonConfig>,
+    /// What the VM is guaranteed, and what the governor may take of the rest. Without it nothing
+    /// is guaranteed and nothing taken but what clients ask for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overcommit: Option<OvercommitConfig>,
     /// The entropy device.
     #[serde(default)]
     pub rng: RngConfig,
@@ -122,6 +128,10 @@ impl VmConfig {
         self.cpus.validate().map_err(|e| e.within("cpus"))?;
         self.memory.validate().map_err(|e| e.within("memory"))?;
         self.validate_addresses(self.cpus.max_phys_bits)?;
+        if let Some(overcommit) = &self.overcommit {
+            let checked = overcommit.validate(self.memory.size);
+            checked.map_err(|e| e.within("overcommit"))?;
+        }
         if let Some(payload) = &self.payload {
             payload.validate().map_err(|e| e.within("payload"))?;
         }

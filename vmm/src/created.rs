@@ -38,6 +38,10 @@ impl Created {
     /// Checks a configuration against itself and the host, fills in ids and opens the consoles.
     pub fn new(mut config: VmConfig, seccomp: SeccompMode) -> Result<Self, Error> {
         config.validate()?;
+        if let Some(overcommit) = &mut config.overcommit {
+            overcommit.fill_in(config.memory.size);
+        }
+        config.check_floor(0, "balloons")?;
         memory::check(&config.memory).map_err(|e| e.within("memory"))?;
         config.validate_addresses(config.cpus.max_phys_bits.min(cpuid::host_phys_bits()))?;
         if let Some(payload) = &config.payload {
@@ -179,6 +183,7 @@ impl Created {
         let mut config = self.config.clone();
         let field = config.add(device.clone())?;
         config.validate().map_err(|e| e.relative_to(&field))?;
+        config.check_floor(self.config.balloon_bytes(), "size")?;
         check_images(&config).map_err(|e| e.relative_to(&field))?;
         let info = match &mut self.running {
             Some(vm) => vm.devices.hot_plug(&id, &device)?,
@@ -252,6 +257,7 @@ impl Created {
         config
             .validate_balloons()
             .map_err(|invalid| Invalid::new(field, invalid.reason))?;
+        config.check_floor(self.config.balloon_bytes(), field)?;
         if let Some(vm) = &self.running {
             vm.devices.balloon(id)?.set_target(size);
         }

@@ -56,6 +56,16 @@ pub enum Error {
         /// Who has it.
         id: String,
     },
+    /// The balloons would take what the guest is guaranteed.
+    #[error("{field}: leaves the guest {left} bytes, and `overcommit.guaranteed_size` is {floor}")]
+    BelowFloor {
+        /// Where it was asked for.
+        field: String,
+        /// Bytes the guest would have.
+        left: u64,
+        /// Bytes it is guaranteed.
+        floor: u64,
+    },
     /// A value that can't be accepted.
     #[error(transparent)]
     Invalid(#[from] Invalid),
@@ -100,7 +110,9 @@ impl Error {
     pub fn relative_to(mut self, outer: &str) -> Self {
         let field = match &mut self {
             Self::Invalid(invalid) => &mut invalid.field,
-            Self::DuplicateId { field, .. } | Self::DuplicatePath { field, .. } => field,
+            Self::DuplicateId { field, .. }
+            | Self::DuplicatePath { field, .. }
+            | Self::BelowFloor { field, .. } => field,
             _ => return self,
         };
         if let Some(inner) = field.strip_prefix(outer).and_then(|f| f.strip_prefix('.')) {
