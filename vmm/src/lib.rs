@@ -19,6 +19,7 @@ pub mod interrupts;
 pub mod ioctls;
 pub mod layout;
 pub mod memory;
+pub mod overcommit;
 pub mod state;
 pub mod status;
 pub mod syscalls;

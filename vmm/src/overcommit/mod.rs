@@ -1,0 +1,25 @@
+//! Memory overcommit inside one VM: who decides how large its balloon is, and from what.
+
+pub mod reading;
+
+use self::reading::{Neighbours, Own};
+
+/// How this VM and the others on the host know of one another.
+///
+/// The decision is made while the others are kept from making theirs, so that no two of them give
+/// away the same memory.
+pub trait Coordinator: Send {
+    /// Calls `decide` with what the others tell, and tells them what it returns. Where they can't
+    /// be asked (an error is logged once), `decide` is called as for one VM alone.
+    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own);
+}
+
+/// A VM that knows of no other.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Alone;
+
+impl Coordinator for Alone {
+    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
+        decide(&Neighbours::default());
+    }
+}
