@@ -1,5 +1,15 @@
-//! Memory overcommit inside one VM: who decides how large its balloon is, and from what.
+//! Memory overcommit inside one VM: who decides how large its balloon is, and from what;
+//! and what the VM truly costs.
+//!
+//! What is read comes from files of the kernel under /proc, /sys and the cgroup, which differ from
+//! kernel to kernel: a file or line that is not there is told as such and never counted as 0.
+//! Everything is parsed by pure functions over text of bounded length.
 
+pub mod cgroup;
+pub mod cost;
+pub mod files;
+pub mod ksm;
+pub mod pressure;
 pub mod reading;
 
 use self::reading::{Neighbours, Own};
