@@ -15,6 +15,7 @@ use crate::allow;
 use crate::balloon::{Balloon, BalloonConfig};
 use crate::block::{Block, DiskConfig};
 use crate::event::Reporter;
+use crate::guest_memory::discard::inhibit::Inhibitor;
 use crate::rng::{Rng, RngConfig};
 use crate::sandbox::{Allow, SeccompMode, Test};
 use crate::virtio::VirtioDevice;
@@ -94,6 +95,8 @@ pub struct BuildContext {
     pub reporter: Reporter,
     /// The mode of its threads' filters.
     pub seccomp: SeccompMode,
+    /// Holds discards of the VM's memory off.
+    pub discards: Inhibitor,
 }
 
 // _IO(0x12, 123) and _IO(0x12, 104), include/uapi/linux/fs.h.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use devices::config::{BuildContext, BuildError};
 use devices::event::Reporter;
+use devices::guest_memory::discard::inhibit::Inhibitor;
 use devices::legacy::{ConsoleBackend, ConsoleMode};
 use devices::sandbox::SeccompMode;
 
@@ -28,6 +29,7 @@ impl Consoles {
                 }),
             ),
             seccomp,
+            discards: Inhibitor::default(),
         };
         let at = |field: &'static str| move |e: BuildError| Error::from(e).within(field);
         let serial =

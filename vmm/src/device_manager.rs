@@ -20,6 +20,7 @@ use devices::balloon::Balloon;
 use devices::config::{BuildContext, DeviceConfig, Invalid};
 use devices::event::{EventSink, Reporter};
 use devices::guest_memory::GuestRam;
+use devices::guest_memory::discard::inhibit::Inhibitor;
 use devices::machine::Machine;
 use devices::pci::PciDevice;
 use devices::pci::bus::PciBus;
@@ -56,6 +57,8 @@ pub struct Sockets {
     pub ged: Arc<Ged>,
     /// Mode of the devices' filters.
     pub seccomp: SeccompMode,
+    /// Holds discards of RAM off.
+    pub discards: Inhibitor,
     /// Where they report.
     pub sink: EventSink,
 }
@@ -108,6 +111,7 @@ impl DeviceManager {
         let device = config.build(BuildContext {
             reporter: reporter.clone(),
             seccomp: self.sockets.seccomp,
+            discards: self.sockets.discards.clone(),
         })?;
         let transport = VirtioPciDevice::new(
             device,

@@ -9,6 +9,7 @@ use devices::bus::{Bus, BusDevice};
 use devices::config::{DeviceConfig, Invalid};
 use devices::event::{BalloonNews, DeviceEvent, EventSink};
 use devices::guest_memory::GuestRam;
+use devices::guest_memory::discard::inhibit::Inhibitor;
 use devices::legacy::{
     CMOS_PORTS, Cmos, ConsoleMode, DebugConsole, DebugConsoleConfig, DebugPort, I8042, I8042_PORTS,
     PM_TIMER_PORTS, PmTimer, SERIAL_PORTS, SerialDevice,
@@ -159,6 +160,7 @@ impl Vm {
             hotplug,
             ged: ged.clone(),
             seccomp: environment.seccomp,
+            discards: Inhibitor::default(),
             sink: event_sink(environment.events.clone(), signals.clone()),
         });
         // Who asks for a slot gets it before those that take any.

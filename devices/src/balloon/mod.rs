@@ -11,7 +11,9 @@ mod config;
 mod features;
 mod pages;
 mod partial;
+mod pending;
 mod progress;
+mod reclaim;
 mod requests;
 mod shared;
 mod stats;
@@ -62,7 +64,8 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
 impl Balloon {
     /// Starts the thread. Called on the VMM thread.
     pub fn new(config: &BalloonConfig, context: BuildContext) -> Result<Self, BuildError> {
-        let shared = Shared::new(config.size).map_err(|e| BuildError::host("making events", e))?;
+        let shared = Shared::new(config.size, context.discards)
+            .map_err(|e| BuildError::host("making events", e))?;
         let shared = Arc::new(shared);
         let name = context.reporter.id().to_owned();
         let filter = Filter::compile(&name, context.seccomp, &LISTS)
@@ -154,6 +157,12 @@ impl VirtioDevice for Balloon {
             ("inhibited_partial_bytes", &counters.inhibited_partial),
             ("inhibited_poison_bytes", &counters.inhibited_poison),
             ("inhibited_locked_bytes", &counters.inhibited_locked),
+            ("inhibited_vfio_bytes", &counters.inhibited_vfio),
+            ("inhibited_dirty_log_bytes", &counters.inhibited_dirty_log),
+            (
+                "inhibited_lazy_restore_bytes",
+                &counters.inhibited_lazy_restore,
+            ),
             ("failed_bytes", &counters.failed),
             ("ignored_bytes", &counters.ignored),
             ("discard_calls", &counters.discards),

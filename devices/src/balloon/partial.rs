@@ -92,7 +92,7 @@ impl Partials {
 }
 
 /// The parts of a range by huge page.
-fn parts(huge: u64, range: &Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> {
+pub(super) fn parts(huge: u64, range: &Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> {
     let end = range.end;
     let mut start = range.start;
     std::iter::from_fn(move || {
@@ -106,7 +106,7 @@ fn parts(huge: u64, range: &Range<u64>) -> impl Iterator<Item = (u64, Range<u64>
 }
 
 /// The words of a huge page's bitmap that a part of it falls into, with the bits.
-fn for_each_word(huge: u64, part: &Range<u64>, mut then: impl FnMut(usize, u64)) {
+pub(super) fn for_each_word(huge: u64, part: &Range<u64>, mut then: impl FnMut(usize, u64)) {
     let first = part.start % huge / PAGE;
     let end = first + (part.end - part.start) / PAGE;
     let mut bit = first;

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::pages::PAGE;
 use super::stats::Statistics;
+use crate::guest_memory::discard::inhibit::{Inhibitor, Reason};
 use crate::virtio::config_space;
 
 /// How long the guest may come no closer to the target before the balloon counts as stalled.
@@ -60,6 +61,12 @@ pub struct Counters {
     pub inhibited_poison: AtomicU64,
     /// Not discarded: locked into memory.
     pub inhibited_locked: AtomicU64,
+    /// Not discarded: held off while a passed-through device has memory pinned.
+    pub inhibited_vfio: AtomicU64,
+    /// Not discarded: held off while writes are recorded.
+    pub inhibited_dirty_log: AtomicU64,
+    /// Not discarded: held off while memory comes from a snapshot as it is touched.
+    pub inhibited_lazy_restore: AtomicU64,
     /// Not discarded: the host failed.
     pub failed: AtomicU64,
     /// Not RAM, or too much for one request.
@@ -68,9 +75,22 @@ pub struct Counters {
     pub discards: AtomicU64,
 }
 
+impl Counters {
+    /// What was held off for a reason.
+    pub fn held_off(&self, reason: Reason) -> &AtomicU64 {
+        match reason {
+            Reason::Vfio => &self.inhibited_vfio,
+            Reason::DirtyLog => &self.inhibited_dirty_log,
+            Reason::LazyRestore => &self.inhibited_lazy_restore,
+        }
+    }
+}
+
 /// See the module.
 pub struct Shared {
     epoch: Instant,
+    /// Holds discards off, here and in the VM's other balloons.
+    pub inhibitor: Inhibitor,
     target: AtomicU32,
     actual: AtomicU32,
     poison: AtomicU32,
@@ -79,6 +99,8 @@ pub struct Shared {
     best: AtomicU32,
     /// … and when it got there, in milliseconds since `epoch`.
     best_ms: AtomicU64,
+    /// Bytes that are in the balloon and not discarded yet.
+    pub pending: AtomicU64,
     /// Bytes per second, lately; negative while deflating.
     pub rate: AtomicI64,
     /// The worker looks at the progress by itself, and need not be told of it.
@@ -94,16 +116,18 @@ pub struct Shared {
 
 impl Shared {
     /// The state of a balloon that no driver has touched.
-    pub fn new(target_bytes: u64) -> io::Result<Self> {
+    pub fn new(target_bytes: u64, inhibitor: Inhibitor) -> io::Result<Self> {
         let target = to_pages(target_bytes);
         Ok(Self {
             epoch: Instant::now(),
+            inhibitor,
             target: AtomicU32::new(target),
             actual: AtomicU32::new(0),
             poison: AtomicU32::new(0),
             live: AtomicBool::new(false),
             best: AtomicU32::new(target),
             best_ms: AtomicU64::new(0),
+            pending: AtomicU64::new(0),
             rate: AtomicI64::new(0),
             watched: AtomicBool::new(false),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -280,7 +304,7 @@ mod tests {
 
     #[test]
     fn the_driver_can_write_actual_and_before_driver_ok_poison_val_and_nothing_else() {
-        let shared = Shared::new(16 * PAGE).unwrap();
+        let shared = Shared::new(16 * PAGE, Inhibitor::default()).unwrap();
         shared.write(0, &[0xff; 12]);
         shared.write(8, &[0xee; 4]);
         shared.write(12, &[0xaa; 64]);
@@ -303,7 +327,7 @@ mod tests {
     fn coming_closer_is_progress_and_going_to_and_fro_is_not() {
         let shared = Shared {
             epoch: Instant::now() - 2 * STALL,
-            ..Shared::new(100 * PAGE).unwrap()
+            ..Shared::new(100 * PAGE, Inhibitor::default()).unwrap()
         };
         assert_eq!(shared.state(), State::Stalled);
         shared.set_out();

@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::event::{BalloonNews, DeviceEvent, Reporter};
+use crate::guest_memory::discard::inhibit::{Inhibitor, Reason};
 use crate::sandbox::SeccompMode;
 use crate::virtio::pci::VirtioPciDevice;
 use crate::virtio::testing::{Buffer, PATIENCE, TestDriver, TestGuest, VERSION_1, eventually};
 use crate::worker::Order;
 
 mod hostile;
+mod pending;
 
 const PAGE: u64 = 4096;
 /// Memory beyond what the driver's rings and buffers take.
@@ -35,10 +37,12 @@ struct Rig {
     balloon: Arc<Balloon>,
     transport: Arc<VirtioPciDevice>,
     events: Receiver<DeviceEvent>,
+    inhibitor: Inhibitor,
 }
 
 impl Rig {
     fn new(config: &BalloonConfig) -> Self {
+        let inhibitor = Inhibitor::default();
         let (sender, events) = channel();
         let reporter = Reporter::new(
             "balloon",
@@ -49,6 +53,7 @@ impl Rig {
         let context = BuildContext {
             reporter: reporter.clone(),
             seccomp: SeccompMode::Enforce,
+            discards: inhibitor.clone(),
         };
         let balloon = Arc::new(Balloon::new(config, context).unwrap());
         let guest = TestGuest::new(MEMORY);
@@ -59,6 +64,7 @@ impl Rig {
             balloon,
             transport,
             events,
+            inhibitor,
         }
     }
 
@@ -126,7 +132,7 @@ impl Rig {
         self.fill();
         let number = (FREE / PAGE + 77) as u32;
         self.send(INFLATE, &[number]);
-        assert!(self.gone(number.into()));
+        assert!(eventually(|| self.gone(number.into())));
     }
 }
 
@@ -145,8 +151,9 @@ fn inflated_pages_are_gone_and_their_neighbours_are_not() {
         numbers.reverse();
         rig.send(INFLATE, &numbers);
         let start = FREE / PAGE;
-        assert!((start..start + 256).all(|n| rig.gone(n)));
+        assert!(eventually(|| (start..start + 256).all(|n| rig.gone(n))));
         assert!(!rig.gone(start + 256));
+        assert!(eventually(|| rig.info().inflated == 256 * PAGE));
         let info = rig.info();
         assert_eq!((info.inflated, info.ignored), (256 * PAGE, 0));
         assert_eq!(rig.balloon.counters()["discard_calls"], 1);
@@ -329,4 +336,37 @@ fn pages_with_a_pattern_are_kept_and_counted() {
         rig.send(INFLATE, &[(FREE / PAGE) as u32]);
         assert!(rig.gone(FREE / PAGE));
     }
+}
+
+#[test]
+fn what_is_held_off_is_counted_by_its_reason_and_comes_back_afterwards() {
+    let mut rig = Rig::started(REPORTING);
+    rig.fill();
+    for (reason, counter) in [
+        (Reason::Vfio, "inhibited_vfio_bytes"),
+        (Reason::DirtyLog, "inhibited_dirty_log_bytes"),
+        (Reason::LazyRestore, "inhibited_lazy_restore_bytes"),
+    ] {
+        let inhibition = rig.inhibitor.inhibit(reason);
+        rig.send(INFLATE, &first_pages(3));
+        let start = FREE + (1 << 20);
+        rig.driver.add(REPORT, &[Buffer::Writable(start, 1 << 20)]);
+        rig.driver.kick(REPORT);
+        rig.driver.wait_used(REPORT);
+        assert!(!rig.gone(FREE / PAGE) && !rig.gone(start / PAGE));
+        let counted = || rig.balloon.counters()[counter];
+        assert!(eventually(|| counted() == 3 * PAGE + (1 << 20)));
+        assert_eq!(rig.info().inhibited_by, [reason]);
+        drop(inhibition);
+        assert_eq!(rig.info().inhibited_by, []);
+    }
+    let info = rig.info();
+    let of = |bytes: [u64; 3]| bytes.map(|b| b - (1 << 20));
+    let inhibited = info.inhibited;
+    assert_eq!(
+        of([inhibited.vfio, inhibited.dirty_log, inhibited.lazy_restore]),
+        [3 * PAGE; 3]
+    );
+    assert_eq!((info.inflated, info.reported_free), (0, 0));
+    rig.assert_well();
 }

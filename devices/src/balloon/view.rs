@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use super::Viewer;
 use super::shared::State;
 use super::stats::{GuestStatistics, Sample};
+use crate::guest_memory::discard::inhibit::Reason;
 
 /// Where a balloon stands. What the guest tells is its word only.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -28,12 +29,16 @@ pub struct BalloonInfo {
     pub driver: bool,
     /// Bytes given back to the host by inflating, in all.
     pub inflated: u64,
+    /// Bytes in the balloon that wait for the rest of their 2 MiB, for half a second at most.
+    pub pending: u64,
     /// Bytes the guest has taken out of the balloon, in all.
     pub deflated: u64,
     /// Bytes the guest has reported free and the host has got, in all.
     pub reported_free: u64,
     /// Bytes that were not given back, and why.
     pub inhibited: Inhibited,
+    /// Why nothing is given back just now; empty while everything is.
+    pub inhibited_by: Vec<Reason>,
     /// Bytes of requests that made no sense: not RAM, or too much at once.
     pub ignored: u64,
     /// What the guest tells of its memory, by name, each with its age.
@@ -50,6 +55,12 @@ pub struct Inhibited {
     pub poison: u64,
     /// Memory that is locked.
     pub locked: u64,
+    /// Memory that a device passed through to the guest has pinned.
+    pub vfio: u64,
+    /// Memory whose writes were being recorded.
+    pub dirty_log: u64,
+    /// Memory that was still coming from a snapshot.
+    pub lazy_restore: u64,
     /// The host failed.
     pub failed: u64,
 }
@@ -68,14 +79,19 @@ impl Viewer {
             rate: shared.rate.load(Ordering::Relaxed),
             driver: shared.live(),
             inflated: total(&counters.inflated),
+            pending: total(&shared.pending),
             deflated: total(&counters.deflated),
             reported_free: total(&counters.reported),
             inhibited: Inhibited {
                 partial_huge_pages: total(&counters.inhibited_partial),
                 poison: total(&counters.inhibited_poison),
                 locked: total(&counters.inhibited_locked),
+                vfio: total(&counters.inhibited_vfio),
+                dirty_log: total(&counters.inhibited_dirty_log),
+                lazy_restore: total(&counters.inhibited_lazy_restore),
                 failed: total(&counters.failed),
             },
+            inhibited_by: shared.inhibitor.reasons(),
             ignored: total(&counters.ignored),
             statistics: shared.statistics.samples(shared.now_ms()),
         }

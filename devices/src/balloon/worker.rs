@@ -2,30 +2,31 @@
 //! watches the progress.
 //!
 //! ```text
-//!  inflate ─► numbers ─► ranges ─► discard ─► used ─► one interrupt ─► look at the ring a moment
+//!  inflate ─► numbers ─► ranges ─► reclaim ─► used ─► one interrupt ─► look at the ring a moment
 //!  deflate ─► used (the guest's next access brings the pages back)
 //!  stats   ─► kept; given back when somebody asks ─► the driver fills it ─► answered
-//!  report  ─► ranges ─► discard ─► used
+//!  report  ─► ranges ─► reclaim ─► used
 //! ```
 //!
 //! A page is discarded before its request is used, as the driver may do with it what it likes
-//! afterwards.
+//! afterwards; unless it has promised to tell before it does: then pages may wait for their
+//! neighbours, see [`super::reclaim`].
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::features::{self, Role};
 use super::pages::{self, Pages};
-use super::partial::Partials;
 use super::progress::Watch;
+use super::reclaim::Reclaim;
 use super::requests::{self, Scratch};
 use super::shared::{Asked, Shared};
 use super::stats;
 use crate::event::Reporter;
-use crate::guest_memory::discard::{Batching, Discarded, Discarder, PAGE};
+use crate::guest_memory::discard::{Batching, PAGE};
 use crate::timer::Timer;
 use crate::virtio::{Activation, TransportSignals, VirtQueue};
 use crate::worker::{Handler, Source, WorkerError};
@@ -40,12 +41,15 @@ const ROUNDS: usize = 32;
 /// sends 1 MiB at a time and waits for the answer; being there when it goes on spares a wake-up
 /// for each, and an exit of the guest.
 const POLL: Duration = Duration::from_micros(50);
+/// Between two looks at what waits to be discarded: nothing waits for longer than two of them.
+const WAIT: Duration = Duration::from_millis(250);
 /// How long the guest may take to answer a question for statistics.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The descriptors that are watched, in this order.
 const WAKE: usize = 0;
 const TICK: usize = 1;
+const FLUSH: usize = 3;
 
 /// The queues while the driver is running.
 struct Active {
@@ -57,12 +61,14 @@ struct Active {
     report: Option<VirtQueue>,
     /// The buffer of statistics that the driver waits to get back.
     held: Option<u16>,
-    discarder: Discarder,
-    /// Where the host's pages are larger than the guest's.
-    partials: Option<Partials>,
-    poisoned: bool,
+    reclaim: Reclaim,
     signals: Arc<dyn TransportSignals>,
 }
+
+/// Where a queue is kept.
+type Place = fn(&mut Active) -> &mut Option<VirtQueue>;
+/// Serves a batch of requests; says whether there were any.
+type Step = fn(&mut BalloonHandler, &mut VirtQueue) -> Result<bool, WorkerError>;
 
 /// See the module.
 pub struct BalloonHandler {
@@ -72,6 +78,9 @@ pub struct BalloonHandler {
     watch: Watch,
     tick: Timer,
     patience: Timer,
+    /// Set while something waits to be discarded.
+    flush: Timer,
+    flush_set: bool,
     /// Who has asked for statistics and has no answer yet.
     asked: Vec<Asked>,
     scratch: Scratch,
@@ -90,6 +99,8 @@ impl BalloonHandler {
             active: None,
             tick: Timer::new()?,
             patience: Timer::new()?,
+            flush: Timer::new()?,
+            flush_set: false,
             asked: Vec::new(),
             scratch: Scratch::default(),
             pages: Pages::default(),
@@ -98,30 +109,48 @@ impl BalloonHandler {
         })
     }
 
-    /// Serves the inflate queue until it is empty and stays so for a moment.
-    fn inflate(&mut self) -> Result<(), WorkerError> {
-        let Some(mut queue) = self.active.as_mut().and_then(|a| a.inflate.take()) else {
+    /// Serves a queue until there is nothing left to do: `step` says whether there was anything.
+    fn drain(&mut self, place: Place, step: Step) -> Result<(), WorkerError> {
+        let Some(mut queue) = self.active.as_mut().and_then(|a| place(a).take()) else {
             return Ok(());
         };
-        let result = self.drain_inflate(&mut queue);
-        self.give_back(queue, |active| &mut active.inflate);
+        let result = self.drain_queue(&mut queue, step);
+        if let Some(active) = &mut self.active {
+            *place(active) = Some(queue);
+        }
         result
     }
 
-    fn drain_inflate(&mut self, queue: &mut VirtQueue) -> Result<(), WorkerError> {
+    fn drain_queue(&mut self, queue: &mut VirtQueue, step: Step) -> Result<(), WorkerError> {
         queue.disable_kicks()?;
         for _ in 0..ROUNDS {
-            if self.gather_pages(queue)? || self.poll(queue)? {
-                self.inflate_gathered();
-                self.use_gathered(queue)?;
-            } else if queue.enable_kicks()? {
-                queue.disable_kicks()?;
-            } else {
+            if step(self, queue)? {
+                continue;
+            }
+            if !queue.enable_kicks()? {
                 return Ok(());
             }
+            queue.disable_kicks()?;
         }
         queue.ring();
         Ok(())
+    }
+
+    fn inflate(&mut self) -> Result<(), WorkerError> {
+        self.drain(|active| &mut active.inflate, Self::inflate_batch)?;
+        self.set_flush()
+    }
+
+    fn inflate_batch(&mut self, queue: &mut VirtQueue) -> Result<bool, WorkerError> {
+        if !self.gather_pages(queue)? && !self.poll(queue)? {
+            return Ok(false);
+        }
+        self.pages.drain_into(&mut self.ranges);
+        if let Some(active) = &mut self.active {
+            active.reclaim.inflate(&mut self.ranges);
+        }
+        self.use_gathered(queue)?;
+        Ok(true)
     }
 
     /// Looks at the ring for a moment, while the guest is on its way to the target.
@@ -149,41 +178,10 @@ impl BalloonHandler {
             self.heads.push(chain.head_index());
             let memory = queue.memory();
             let ignored = self.scratch.read_pages(chain, memory, &mut self.pages);
-            add(&self.shared.counters.ignored, ignored);
+            let counter = &self.shared.counters.ignored;
+            counter.fetch_add(ignored, Ordering::Relaxed);
         }
         Ok(!self.heads.is_empty())
-    }
-
-    fn inflate_gathered(&mut self) {
-        let Some(active) = &mut self.active else {
-            return;
-        };
-        let counters = &self.shared.counters;
-        self.pages.drain_into(&mut self.ranges);
-        if let Some(partials) = &mut active.partials {
-            // Bitmaps are for RAM only: what is none would fill them up.
-            let discarder = &active.discarder;
-            self.ranges.retain(|range| {
-                let len = range.end - range.start;
-                let ram = discarder.ram_in(range) == len;
-                add(&counters.ignored, if ram { 0 } else { len });
-                ram
-            });
-            let waiting = partials.inflate(&mut self.ranges);
-            add(&counters.inhibited_partial, waiting);
-        }
-        let outcome = active.discarder.discard(&self.ranges);
-        add(&counters.inflated, outcome.bytes);
-        self.count(outcome);
-    }
-
-    fn count(&self, outcome: Discarded) {
-        let counters = &self.shared.counters;
-        add(&counters.discards, outcome.calls);
-        add(&counters.ignored, outcome.outside);
-        add(&counters.inhibited_partial, outcome.partial);
-        add(&counters.inhibited_locked, outcome.locked);
-        add(&counters.failed, outcome.failed);
     }
 
     /// Gives the gathered requests back, with one interrupt.
@@ -195,85 +193,59 @@ impl BalloonHandler {
     }
 
     fn deflate(&mut self) -> Result<(), WorkerError> {
-        let Some(mut queue) = self.active.as_mut().and_then(|a| a.deflate.take()) else {
-            return Ok(());
-        };
-        let result = self.drain_deflate(&mut queue);
-        self.give_back(queue, |active| &mut active.deflate);
-        result
+        self.drain(|active| &mut active.deflate, Self::deflate_batch)
     }
 
-    fn drain_deflate(&mut self, queue: &mut VirtQueue) -> Result<(), WorkerError> {
-        queue.disable_kicks()?;
-        for _ in 0..ROUNDS {
-            if self.gather_pages(queue)? {
-                add(
-                    &self.shared.counters.deflated,
-                    self.pages.len() as u64 * PAGE,
-                );
-                self.pages.drain_into(&mut self.ranges);
-                if let Some(partials) = self.active.as_mut().and_then(|a| a.partials.as_mut()) {
-                    partials.deflate(&self.ranges);
-                }
-                self.use_gathered(queue)?;
-            } else if queue.enable_kicks()? {
-                queue.disable_kicks()?;
-            } else {
-                return Ok(());
-            }
+    fn deflate_batch(&mut self, queue: &mut VirtQueue) -> Result<bool, WorkerError> {
+        if !self.gather_pages(queue)? {
+            return Ok(false);
         }
-        queue.ring();
-        Ok(())
+        let bytes = self.pages.len() as u64 * PAGE;
+        let deflated = &self.shared.counters.deflated;
+        deflated.fetch_add(bytes, Ordering::Relaxed);
+        self.pages.drain_into(&mut self.ranges);
+        if let Some(active) = &mut self.active {
+            active.reclaim.deflate(&self.ranges);
+        }
+        self.use_gathered(queue)?;
+        Ok(true)
     }
 
     fn report(&mut self) -> Result<(), WorkerError> {
-        let Some(mut queue) = self.active.as_mut().and_then(|a| a.report.take()) else {
-            return Ok(());
-        };
-        let result = self.drain_reports(&mut queue);
-        self.give_back(queue, |active| &mut active.report);
-        result
+        self.drain(|active| &mut active.report, Self::report_batch)
     }
 
-    fn drain_reports(&mut self, queue: &mut VirtQueue) -> Result<(), WorkerError> {
-        queue.disable_kicks()?;
-        for _ in 0..ROUNDS {
-            self.heads.clear();
-            self.ranges.clear();
-            while self.heads.len() < BATCH {
-                let Some(chain) = queue.pop()? else {
-                    break;
-                };
-                self.heads.push(chain.head_index());
-                requests::read_report(chain, &mut self.ranges);
-            }
-            if !self.heads.is_empty() {
-                self.discard_reported();
-                self.use_gathered(queue)?;
-            } else if queue.enable_kicks()? {
-                queue.disable_kicks()?;
-            } else {
-                return Ok(());
-            }
+    fn report_batch(&mut self, queue: &mut VirtQueue) -> Result<bool, WorkerError> {
+        self.heads.clear();
+        self.ranges.clear();
+        while self.heads.len() < BATCH {
+            let Some(chain) = queue.pop()? else {
+                break;
+            };
+            self.heads.push(chain.head_index());
+            requests::read_report(chain, &mut self.ranges);
         }
-        queue.ring();
-        Ok(())
-    }
-
-    fn discard_reported(&mut self) {
+        if self.heads.is_empty() {
+            return Ok(false);
+        }
         pages::merge(&mut self.ranges);
-        let Some(active) = &mut self.active else {
-            return;
-        };
-        if active.poisoned {
-            // §5.5.6.7: a reported page keeps the pattern, which zeroes are not.
-            let bytes = self.ranges.iter().map(|r| active.discarder.ram_in(r)).sum();
-            add(&self.shared.counters.inhibited_poison, bytes);
-            return;
+        if let Some(active) = &mut self.active {
+            active.reclaim.report(&self.ranges);
         }
-        let outcome = active.discarder.discard(&self.ranges);
-        add(&self.shared.counters.reported, outcome.bytes);
-        self.count(outcome);
+        self.use_gathered(queue)?;
+        Ok(true)
+    }
+
+    /// Sees to it that what waits to be discarded does not wait for ever.
+    fn set_flush(&mut self) -> Result<(), WorkerError> {
+        let waits = self.active.as_ref().is_some_and(|a| a.reclaim.waits());
+        if waits && !self.flush_set {
+            self.flush
+                .set(WAIT)
+                .map_err(|e| WorkerError::new("setting the timer of what waits", e))?;
+        }
+        self.flush_set = waits;
+        Ok(())
     }
 
     /// The driver has sent statistics: keeps the buffer, so that it can be asked for more.
@@ -354,27 +326,18 @@ impl BalloonHandler {
         Ok(())
     }
 
+    fn flush(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.reclaim.flush();
+        }
+    }
+
     fn serve_all(&mut self) -> Result<(), WorkerError> {
         self.inflate()?;
         self.deflate()?;
         self.statistics()?;
         self.report()
     }
-
-    /// Puts a queue back to where it was taken from.
-    fn give_back(
-        &mut self,
-        queue: VirtQueue,
-        place: impl FnOnce(&mut Active) -> &mut Option<VirtQueue>,
-    ) {
-        if let Some(active) = &mut self.active {
-            *place(active) = Some(queue);
-        }
-    }
-}
-
-fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
 }
 
 impl Handler for BalloonHandler {
@@ -383,6 +346,7 @@ impl Handler for BalloonHandler {
             self.shared.wake.as_raw_fd(),
             self.tick.as_raw_fd(),
             self.patience.as_raw_fd(),
+            self.flush.as_raw_fd(),
         ]
     }
 
@@ -395,10 +359,9 @@ impl Handler for BalloonHandler {
         let Some(memory) = queues.first().map(|queue| queue.memory().clone()) else {
             return Ok(());
         };
-        let discarder = Discarder::new(&memory, self.batching.clone())
+        let batching = self.batching.clone();
+        let reclaim = Reclaim::new(self.shared.clone(), &memory, batching, features)
             .map_err(|e| WorkerError::new("looking at guest memory", e))?;
-        let huge = discarder.page();
-        let told = features::told_of_deflation(features);
         let mut active = Active {
             roles: Vec::new(),
             inflate: None,
@@ -406,9 +369,7 @@ impl Handler for BalloonHandler {
             stats: None,
             report: None,
             held: None,
-            discarder,
-            partials: (huge > PAGE && told).then(|| Partials::new(huge)),
-            poisoned: features::poisoned(features) && self.shared.poison() != 0,
+            reclaim,
             signals,
         };
         let indices: Vec<u16> = queues.iter().map(VirtQueue::index).collect();
@@ -445,12 +406,24 @@ impl Handler for BalloonHandler {
             }
             Source::Descriptor(WAKE) => {
                 let _ = self.shared.wake.read();
+                if self.shared.reached() {
+                    // No more comes that would make anything whole.
+                    self.flush();
+                }
                 self.ask()?;
                 self.look_at_target()
             }
             Source::Descriptor(TICK) => {
                 self.tick.acknowledge();
                 self.look_at_progress()
+            }
+            Source::Descriptor(FLUSH) => {
+                self.flush.acknowledge();
+                self.flush_set = false;
+                if let Some(active) = &mut self.active {
+                    active.reclaim.tick();
+                }
+                self.set_flush()
             }
             Source::Descriptor(_) => {
                 self.patience.acknowledge();
@@ -461,6 +434,8 @@ impl Handler for BalloonHandler {
     }
 
     fn quiesce(&mut self) -> Result<(), WorkerError> {
+        // It may stand still for long.
+        self.flush();
         // Who asks a guest that stands still is not kept waiting.
         self.asked.extend(self.shared.take_questions());
         self.answer(false);

@@ -20,9 +20,12 @@ use rustix::mm::Advice;
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use self::inhibit::{Inhibitor, Reason};
 use super::GuestRam;
 use crate::allow;
 use crate::sandbox::{Allow, Test};
+
+pub mod inhibit;
 
 /// Bytes of a page of the guest, and of the host unless it is a huge one.
 pub const PAGE: u64 = 4096;
@@ -52,6 +55,8 @@ pub struct Discarded {
     pub locked: u64,
     /// The host failed.
     pub failed: u64,
+    /// Held off for a reason.
+    pub inhibited: Option<(Reason, u64)>,
     /// System calls made.
     pub calls: u64,
 }
@@ -113,6 +118,7 @@ struct Mapping {
 pub struct Discarder {
     mappings: Vec<Mapping>,
     batching: Option<Batching>,
+    inhibitor: Inhibitor,
     private: Vec<Piece>,
     shared: Vec<Piece>,
     _ram: GuestRam,
@@ -120,7 +126,11 @@ pub struct Discarder {
 
 impl Discarder {
     /// Looks how `ram` is mapped.
-    pub fn new(ram: &GuestRam, batching: Option<Batching>) -> io::Result<Self> {
+    pub fn new(
+        ram: &GuestRam,
+        batching: Option<Batching>,
+        inhibitor: Inhibitor,
+    ) -> io::Result<Self> {
         let mappings = ram.iter().map(|region| {
             let start = region.start_addr().0;
             let flags = region.flags();
@@ -144,6 +154,7 @@ impl Discarder {
         Ok(Self {
             mappings: mappings.collect::<io::Result<_>>()?,
             batching,
+            inhibitor,
             private: Vec::new(),
             shared: Vec::new(),
             _ram: ram.clone(),
@@ -161,6 +172,22 @@ impl Discarder {
         covered.map(|part| part.end - part.start).sum()
     }
 
+    /// Leaves of `ranges` what is RAM; says how many bytes were not.
+    pub fn clip(&self, ranges: &mut Vec<Range<u64>>) -> u64 {
+        let mut outside = 0;
+        if ranges.iter().all(|r| self.ram_in(r) == r.end - r.start) {
+            return outside;
+        }
+        let mut clipped = Vec::with_capacity(ranges.len());
+        for range in ranges.drain(..) {
+            outside += range.end - range.start - self.ram_in(&range);
+            let parts = self.mappings.iter().map(|m| overlap(&m.guest, &range));
+            clipped.extend(parts.filter(|part| part.start < part.end));
+        }
+        *ranges = clipped;
+        outside
+    }
+
     /// Discards guest physical `ranges`, which should ascend and not overlap, with as few calls
     /// as possible. What can't be is counted.
     pub fn discard(&mut self, ranges: &[Range<u64>]) -> Discarded {
@@ -168,6 +195,17 @@ impl Discarder {
         for range in ranges.iter().filter(|range| range.start < range.end) {
             self.collect(range, &mut outcome);
         }
+        let inhibitor = self.inhibitor.clone();
+        let _permit = match inhibitor.enter() {
+            Ok(permit) => permit,
+            Err(reason) => {
+                let bytes = |piece: Piece| piece.len as u64;
+                let private = self.private.drain(..).map(bytes).sum::<u64>();
+                let shared = self.shared.drain(..).map(bytes).sum::<u64>();
+                outcome.inhibited = Some((reason, private + shared));
+                return outcome;
+            }
+        };
         let private = std::mem::take(&mut self.private);
         let mut rest = &private[..];
         if let Some(batching) = &self.batching

@@ -10,6 +10,7 @@ use super::*;
 use crate::bus::BusDevice;
 use crate::config::BuildContext;
 use crate::event::Reporter;
+use crate::guest_memory::discard::inhibit::Inhibitor;
 use crate::sandbox::SeccompMode;
 use crate::signals::GuestSignals;
 
@@ -17,6 +18,7 @@ fn devices(signals: Arc<GuestSignals>) -> Vec<Arc<dyn BusDevice>> {
     let context = BuildContext {
         reporter: Reporter::silent(),
         seccomp: SeccompMode::Enforce,
+        discards: Inhibitor::default(),
     };
     let backend = ConsoleBackend::open(&ConsoleConfig::default(), context).unwrap();
     vec![

@@ -15,6 +15,7 @@ fn build(src: impl Into<PathBuf>) -> Result<Rng, BuildError> {
     let context = BuildContext {
         reporter: Reporter::silent(),
         seccomp: SeccompMode::Enforce,
+        discards: crate::guest_memory::discard::inhibit::Inhibitor::default(),
     };
     Rng::new(&config, context)
 }

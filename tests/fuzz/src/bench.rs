@@ -9,6 +9,7 @@ use std::sync::mpsc::channel;
 use devices::block::{Block, DiskConfig};
 use devices::config::BuildContext;
 use devices::event::Reporter;
+use devices::guest_memory::discard::inhibit::Inhibitor;
 use devices::sandbox::SeccompMode;
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::VirtioPciDevice;
@@ -167,6 +168,7 @@ fn disk(mode: Mode) -> Result<(File, Block), Box<dyn std::error::Error>> {
     let context = BuildContext {
         reporter: Reporter::silent(),
         seccomp: SeccompMode::Off,
+        discards: Inhibitor::default(),
     };
     let block = Block::new(&config, context)?;
     Ok((image, block))

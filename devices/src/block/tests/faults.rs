@@ -160,6 +160,7 @@ fn a_disk_whose_id_has_a_zero_byte_ends_no_process() {
     let context = BuildContext {
         reporter,
         seccomp: SeccompMode::Enforce,
+        discards: Inhibitor::default(),
     };
     Block::new(&config, context).unwrap();
 }

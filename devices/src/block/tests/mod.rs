@@ -18,6 +18,7 @@ use self::driver::{BUFFERS, Driver, memory, order_and_wait};
 use super::{Block, DiskConfig};
 use crate::config::{BuildContext, BuildError};
 use crate::event::{DeviceEvent, Reporter};
+use crate::guest_memory::discard::inhibit::Inhibitor;
 use crate::sandbox::SeccompMode;
 use crate::virtio::VirtioDevice;
 use crate::worker::{Order, Worker};
@@ -92,6 +93,7 @@ pub fn build(config: &DiskConfig) -> Result<(Block, Events), BuildError> {
     let context = BuildContext {
         reporter,
         seccomp: SeccompMode::Enforce,
+        discards: Inhibitor::default(),
     };
     Ok((Block::new(config, context)?, events))
 }

@@ -66,7 +66,7 @@ fn just_the_pages_asked_for_read_as_zeroes_afterwards() {
         let batched = batching.is_some();
         let ram = private();
         fill(&ram);
-        let mut discarder = Discarder::new(&ram, batching).unwrap();
+        let mut discarder = Discarder::new(&ram, batching, Inhibitor::default()).unwrap();
         assert_eq!(discarder.page(), PAGE);
         let odd: Vec<u64> = (0..SIZE / PAGE).filter(|n| n % 2 == 1).collect();
         let outcome = discarder.discard(&pages(odd.iter().copied()));
@@ -85,7 +85,7 @@ fn a_range_over_the_seam_of_two_regions_is_discarded_in_both() {
     for batching in ways() {
         let ram = private();
         fill(&ram);
-        let mut discarder = Discarder::new(&ram, batching).unwrap();
+        let mut discarder = Discarder::new(&ram, batching, Inhibitor::default()).unwrap();
         let range = SEAM - PAGE..SEAM + 2 * PAGE;
         assert_eq!(discarder.ram_in(&range), 3 * PAGE);
         assert_eq!(discarder.discard(&[range]).bytes, 3 * PAGE);
@@ -98,7 +98,7 @@ fn a_range_over_the_seam_of_two_regions_is_discarded_in_both() {
 fn what_is_not_ram_is_left_out_and_counted() {
     let ram = private();
     fill(&ram);
-    let mut discarder = Discarder::new(&ram, None).unwrap();
+    let mut discarder = Discarder::new(&ram, None, Inhibitor::default()).unwrap();
     let outcome = discarder.discard(&[
         SIZE - PAGE..SIZE + PAGE,
         1 << 40..(1 << 40) + PAGE,
@@ -106,6 +106,20 @@ fn what_is_not_ram_is_left_out_and_counted() {
     ]);
     assert_eq!((outcome.bytes, outcome.outside), (PAGE, 3 * PAGE));
     assert_eq!(zeroed(&ram), [SIZE / PAGE - 1]);
+    let mut ranges = vec![
+        0..PAGE,
+        SEAM - PAGE..SEAM + PAGE,
+        SIZE - PAGE..SIZE + PAGE,
+        1 << 40..(1 << 40) + PAGE,
+    ];
+    assert_eq!(discarder.clip(&mut ranges), 2 * PAGE);
+    let left = [
+        0..PAGE,
+        SEAM - PAGE..SEAM,
+        SEAM..SEAM + PAGE,
+        SIZE - PAGE..SIZE,
+    ];
+    assert_eq!(ranges, left);
     let nothing = discarder.discard(&[]);
     assert_eq!(nothing, Discarded::default());
 }
@@ -116,7 +130,7 @@ fn shared_memory_is_freed_in_the_file_as_well() {
         let (ram, file) = shared();
         fill(&ram);
         assert_eq!(file.metadata().unwrap().blocks() * 512, SIZE);
-        let mut discarder = Discarder::new(&ram, batching).unwrap();
+        let mut discarder = Discarder::new(&ram, batching, Inhibitor::default()).unwrap();
         let outcome = discarder.discard(&[PAGE..3 * PAGE, SEAM..SIZE]);
         assert_eq!(outcome.bytes, 2 * PAGE + SEAM);
         assert_eq!(file.metadata().unwrap().blocks() * 512, SEAM - 2 * PAGE);
@@ -132,7 +146,7 @@ fn a_locked_page_is_kept_and_counted_and_the_rest_goes() {
         let locked = ram.get_host_address(GuestAddress(4 * PAGE)).unwrap();
         // SAFETY: locking takes nothing away.
         unsafe { rustix::mm::mlock(locked.cast(), PAGE as usize) }.unwrap();
-        let mut discarder = Discarder::new(&ram, batching).unwrap();
+        let mut discarder = Discarder::new(&ram, batching, Inhibitor::default()).unwrap();
         let outcome = discarder.discard(&pages([0, 2, 4, 6, 8]));
         assert_eq!(zeroed(&ram), [0, 2, 6, 8]);
         assert_eq!((outcome.bytes, outcome.locked), (4 * PAGE, PAGE));
@@ -145,7 +159,8 @@ fn batches_of_any_length_end_in_the_same() {
         let ram = private();
         for count in [1, BATCH as u64 - 1] {
             fill(&ram);
-            let mut discarder = Discarder::new(&ram, batching.clone()).unwrap();
+            let mut discarder =
+                Discarder::new(&ram, batching.clone(), Inhibitor::default()).unwrap();
             // Twice as many as the pages, by way of going over them again.
             let some: Vec<u64> = (0..count.min(SIZE / PAGE / 2)).map(|n| n * 2).collect();
             let mut ranges = pages(some.iter().copied());
@@ -154,5 +169,30 @@ fn batches_of_any_length_end_in_the_same() {
             discarder.discard(&ranges);
             assert_eq!(zeroed(&ram), some);
         }
+    }
+}
+
+#[test]
+fn what_is_held_off_is_kept_and_counted_until_it_is_no_more() {
+    for (ram, _file) in [(private(), None), {
+        let (ram, file) = shared();
+        (ram, Some(file))
+    }] {
+        fill(&ram);
+        let inhibitor = Inhibitor::default();
+        let mut discarder = Discarder::new(&ram, None, inhibitor.clone()).unwrap();
+        let inhibition = inhibitor.inhibit(Reason::DirtyLog);
+        let outcome = discarder.discard(&pages([1, 3, SIZE / PAGE]));
+        let expected = Discarded {
+            inhibited: Some((Reason::DirtyLog, 2 * PAGE)),
+            outside: PAGE,
+            ..Discarded::default()
+        };
+        assert_eq!(outcome, expected);
+        assert_eq!(zeroed(&ram), [0; 0]);
+        drop(inhibition);
+        // What was held off before does not come along.
+        assert_eq!(discarder.discard(&pages([5])).bytes, PAGE);
+        assert_eq!(zeroed(&ram), [5]);
     }
 }

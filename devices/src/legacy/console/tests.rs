@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::bus::BusDevice;
 use crate::event::Reporter;
+use crate::guest_memory::discard::inhibit::Inhibitor;
 use crate::legacy::{DebugConsole, SerialDevice};
 use crate::sandbox::SeccompMode;
 
@@ -18,6 +19,7 @@ fn context() -> BuildContext {
     BuildContext {
         reporter: Reporter::silent(),
         seccomp: SeccompMode::Enforce,
+        discards: Inhibitor::default(),
     }
 }
 
