@@ -236,8 +236,15 @@ fn watch_boot(agent: &Agent) -> Boot {
         first_output: agent.first_byte().expect("the guest printed something"),
         ready,
         guest_first_output: guest_time("console [ttyS0] enabled"),
-        guest_ready: guest_time("ballast: ready"),
+        guest_ready: ready_after(&log).expect("the guest's init tells when it was ready"),
     }
+}
+
+/// The guest's time since its boot, as its init has put it into the kernel's log.
+fn ready_after(log: &str) -> Option<Duration> {
+    let (_, rest) = log.split_once("ballast: ready after ")?;
+    let (seconds, _) = rest.split_once(' ')?;
+    Duration::try_from_secs_f64(seconds.parse().ok()?).ok()
 }
 
 /// The time at the start of a line of the kernel's log.

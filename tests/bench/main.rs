@@ -1,10 +1,11 @@
 //! Takes the figures that `scripts/bench` shows, and prints them as a Markdown table:
-//! `figures host|guest --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`.
+//! `figures host|guest|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`.
 //!
 //! Each is the median of ten runs, with the least and the most in parentheses. MB are 10⁶ bytes.
 
 use std::path::PathBuf;
 
+mod density;
 mod guest;
 mod host;
 mod memory;
@@ -52,6 +53,10 @@ fn main() {
     let rows = match what.as_str() {
         "host" => host::measure(&options),
         "guest" => guest::measure(&options),
+        "density" => {
+            print!("{}", density::measure(&options));
+            return;
+        }
         // `cargo bench` ends here: the release binary and a guest are needed too.
         _ => {
             eprintln!("scripts/bench takes the figures");
