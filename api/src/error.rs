@@ -257,6 +257,9 @@ impl From<Error> for ApiError {
             Error::Busy { .. } => (StatusCode::CONFLICT, "busy"),
             Error::NoSlot(_) => (StatusCode::CONFLICT, "no-slot"),
             Error::OutOfMemory(_) => (StatusCode::INSUFFICIENT_STORAGE, "out-of-memory"),
+            Error::OutOfDescriptors { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "out-of-descriptors")
+            }
             Error::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, "timeout"),
             Error::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host"),
         };
@@ -314,6 +317,13 @@ mod tests {
             status(Error::OutOfMemory("8 GiB".into())),
             (507, "out-of-memory")
         );
+        for number in [libc::EMFILE, libc::ENFILE] {
+            let error = std::io::Error::from_raw_os_error(number);
+            assert_eq!(
+                status(Error::os("opening /x", error)),
+                (503, "out-of-descriptors")
+            );
+        }
         assert_eq!(status(Error::Timeout("pausing")), (504, "timeout"));
         assert_eq!(status(Error::host("x", "y")), (500, "host"));
     }

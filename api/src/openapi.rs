@@ -80,6 +80,10 @@ const STATUSES: &[(u16, &str)] = &[
     (409, "Not possible in this state, or something is taken."),
     (413, "The body is too large."),
     (500, "The host failed."),
+    (
+        503,
+        "The process or the host has no file descriptor left; it may be tried again.",
+    ),
     (504, "It took too long; it may be tried again."),
     (507, "The host has not enough memory."),
 ];
@@ -91,9 +95,9 @@ pub fn error_statuses(operation_id: &str) -> &'static [u16] {
         "getVmInfo" => &[400, 404],
         "getVmCounters" | "getBalloons" | "getBalloonStats" => &[400, 404, 409, 500, 504],
         "shutdownVmm" | "deleteVm" => &[400, 408, 413, 500, 504],
-        "createVm" => &[400, 408, 409, 413, 500, 507],
+        "createVm" => &[400, 408, 409, 413, 500, 503, 507],
         "bootVm" | "rebootVm" | "addDisk" | "addBalloon" => {
-            &[400, 404, 408, 409, 413, 500, 504, 507]
+            &[400, 404, 408, 409, 413, 500, 503, 504, 507]
         }
         _ => &[400, 404, 408, 409, 413, 500, 504],
     }

@@ -32,11 +32,21 @@ pub enum DeviceEvent {
         /// Bytes it says it has given.
         actual_bytes: u64,
     },
+    /// An event that was too many to be told, after which what is published of the device is out
+    /// of date all the same.
+    Unsaid,
     /// The device can't go on and has set DEVICE_NEEDS_RESET.
     Failed {
         /// Why, for a person.
         reason: String,
     },
+}
+
+impl DeviceEvent {
+    /// Whether what is published of the device changes with it.
+    fn changes_status(&self) -> bool {
+        matches!(self, Self::Activated | Self::Balloon { .. })
+    }
 }
 
 /// What a balloon has to tell.
@@ -90,10 +100,13 @@ impl Reporter {
         &self.id
     }
 
-    /// Reports an event, at most [`OTHERS_PER_SECOND`] a second.
+    /// Reports an event, at most [`OTHERS_PER_SECOND`] a second. Beyond that nothing is told, but
+    /// where the event changes what is published, its being out of date still is.
     pub fn report(&self, event: DeviceEvent) {
         if self.others.pass().is_some() {
             (self.sink)(&self.id, event);
+        } else if event.changes_status() {
+            (self.sink)(&self.id, DeviceEvent::Unsaid);
         }
     }
 
@@ -131,5 +144,28 @@ mod tests {
         let reported = seen.lock().unwrap().len();
         assert!(reported >= 10, "the first ones are reported");
         assert!(reported < 1000, "a storm is not");
+    }
+
+    #[test]
+    fn what_changes_the_status_is_never_lost_in_a_storm() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let sink = seen.clone();
+        let reporter = Reporter::new(
+            "disk",
+            Arc::new(move |_, event| sink.lock().unwrap().push(event)),
+        );
+        for _ in 0..500 {
+            reporter.report(DeviceEvent::Reset);
+        }
+        let told = seen.lock().unwrap().len();
+        assert!(told < 500, "a storm of resets is not told in full");
+        reporter.report(DeviceEvent::Reset);
+        reporter.report(DeviceEvent::Activated);
+        let seen = seen.lock().unwrap();
+        let last = seen.last().unwrap();
+        assert!(
+            matches!(last, DeviceEvent::Unsaid | DeviceEvent::Activated),
+            "the last activation changes what is published: {last:?}"
+        );
     }
 }

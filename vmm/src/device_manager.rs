@@ -120,7 +120,7 @@ impl DeviceManager {
             reporter,
             PCI_WINDOW + u64::from(slot) * VIRTIO_BAR_SIZE,
         )
-        .map_err(|e| Error::host(format!("plugging device `{id}`"), e))?;
+        .map_err(|e| Error::os(format!("plugging device `{id}`"), e))?;
         self.sockets
             .bus
             .plug(slot, transport.clone())

@@ -83,6 +83,15 @@ pub enum Error {
     /// The host has not enough memory, now.
     #[error("not enough host memory: {0}")]
     OutOfMemory(String),
+    /// The process, or the host, has no descriptor left for what was to be opened. Nothing is wrong
+    /// with the request: it can be sent again when some are free.
+    #[error("out of file descriptors: {doing}: {reason}")]
+    OutOfDescriptors {
+        /// What was being done.
+        doing: String,
+        /// Whose limit it was.
+        reason: String,
+    },
     /// The guest or the host took too long; the command may be sent again.
     #[error("{0} took too long")]
     Timeout(&'static str),
@@ -102,6 +111,20 @@ impl Error {
         Self::Host {
             doing: doing.into(),
             reason: reason.to_string(),
+        }
+    }
+
+    /// A system call failed while `doing`: what the host or the process has run out of is told
+    /// apart from what is wrong with it.
+    pub fn os(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        let (doing, source) = (doing.into(), source.into());
+        match source.raw_os_error() {
+            Some(libc::ENOMEM) => Self::OutOfMemory(doing),
+            Some(libc::EMFILE | libc::ENFILE) => Self::OutOfDescriptors {
+                doing,
+                reason: source.to_string(),
+            },
+            _ => Self::host(doing, source),
         }
     }
 
@@ -135,13 +158,7 @@ impl From<BuildError> for Error {
         match error {
             BuildError::Invalid(invalid) => Self::Invalid(invalid),
             BuildError::Locked { path, reason } => Self::Busy { path, reason },
-            BuildError::Host { doing, source } => {
-                if source.raw_os_error() == Some(libc::ENOMEM) {
-                    Self::OutOfMemory(doing)
-                } else {
-                    Self::host(doing, source)
-                }
-            }
+            BuildError::Host { doing, source } => Self::os(doing, source),
         }
     }
 }

@@ -385,7 +385,7 @@ impl<'a> Plan<'a> {
                     self.config.size
                 ))
             }
-            _ => Error::host(format!("{doing} for the guest"), error),
+            _ => Error::os(format!("{doing} for the guest"), error),
         }
     }
 }

@@ -128,7 +128,7 @@ impl Vcpus {
             let vcpu = context
                 .vm
                 .create_vcpu(id.into())
-                .map_err(|error| Error::host(format!("making vCPU {index}"), error))?;
+                .map_err(|error| Error::os(format!("making vCPU {index}"), error))?;
             let cpuid = supported.for_vcpu(context.cpus, index);
             let entry = (index == 0).then_some(&context.entry);
             reset::initialise(&vcpu, &cpuid, entry)

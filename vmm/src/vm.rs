@@ -138,7 +138,7 @@ impl Vm {
         let line = |gsi| {
             interrupts
                 .line(gsi)
-                .map_err(|e| Error::host("making an interrupt line", e))
+                .map_err(|e| Error::os("making an interrupt line", e))
         };
         let ged = Arc::new(Ged::new(line(GED_GSI)?));
         let hotplug = Arc::new(PciHotplug::new(signals.clone()));
@@ -283,6 +283,8 @@ fn event_sink(events: Events, signals: Arc<GuestSignals>) -> EventSink {
             events.emit("virtio-device", "activated", &[("id", id)]);
             signals.moved();
         }
+        // At most one message waits for the VMM thread, however many there are of these.
+        DeviceEvent::Unsaid => signals.moved(),
         DeviceEvent::Reset => events.emit("virtio-device", "reset", &[("id", id)]),
         DeviceEvent::Failed { reason } => {
             events.emit(

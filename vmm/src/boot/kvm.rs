@@ -62,7 +62,7 @@ pub fn open_kvm() -> Result<Kvm, Error> {
                 OPENING,
                 "permission denied; is the user in the group `kvm`?",
             ),
-            _ => Error::host(OPENING, error),
+            _ => Error::os(OPENING, error),
         }
     })?;
     let version = kvm.get_api_version();
@@ -102,7 +102,7 @@ pub fn create_vm(kvm: &Kvm, cpus: &CpusConfig) -> Result<VmFd, Error> {
         match kvm.create_vm() {
             Ok(vm) => break vm,
             Err(error) if error.errno() == libc::EINTR => {}
-            Err(error) => return Err(Error::host("making a VM", error)),
+            Err(error) => return Err(Error::os("making a VM", error)),
         }
     };
     let step = |doing: &'static str| move |error| Error::host(doing, error);

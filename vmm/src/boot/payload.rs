@@ -128,7 +128,7 @@ fn open(field: &'static str, path: &Path) -> Result<(File, u64), Error> {
     let descriptor = match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
         // That is not the file's fault.
         Err(error @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM)) => {
-            return Err(Error::host(format!("opening {}", path.display()), error));
+            return Err(Error::os(format!("opening {}", path.display()), error));
         }
         other => other.map_err(|error| invalid(&error))?,
     };

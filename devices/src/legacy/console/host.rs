@@ -87,11 +87,14 @@ impl RawTerminal {
         raw.make_raw();
         // Our own log shares the screen: without OPOST its lines would run down it like stairs.
         raw.output_modes |= OutputModes::OPOST;
-        rustix::termios::tcsetattr(terminal, OptionalActions::Now, &raw)?;
-        Ok(Some(Self {
-            terminal: rustix::io::fcntl_dupfd_cloexec(terminal, 3)?,
+        // Who gives the mode back must exist before it is changed: whatever fails from here on,
+        // its drop does so.
+        let this = Self {
+            terminal: duplicate(terminal)?,
             saved,
-        }))
+        };
+        rustix::termios::tcsetattr(&this.terminal, OptionalActions::Now, &raw)?;
+        Ok(Some(this))
     }
 }
 
@@ -158,11 +161,14 @@ pub(super) fn file(path: &Path) -> Result<Host, BuildError> {
     let (fd, made) = match openat(CWD, path, flags, mode) {
         Err(Errno::NOENT) => {
             let fd = openat(CWD, path, flags | OFlags::CREATE | OFlags::EXCL, mode)
-                .map_err(|e| invalid(e.to_string()))?;
+                .map_err(|e| BuildError::cannot_open("file", path, e))?;
             (fd, MadePath::new(path).ok())
         }
         Err(Errno::NXIO) => return Err(invalid("is a FIFO or a socket, not a file".into())),
-        other => (other.map_err(|e| invalid(e.to_string()))?, None),
+        other => (
+            other.map_err(|e| BuildError::cannot_open("file", path, e))?,
+            None,
+        ),
     };
     let file = std::fs::File::from(fd);
     let kind = file
@@ -312,7 +318,8 @@ pub(super) fn socket(path: &Path) -> Result<Host, BuildError> {
         if !found.file_type().is_socket() {
             return Err(invalid("exists, and is not a socket"));
         }
-        if !is_stale(&address) {
+        let stale = is_stale(&address).map_err(|e| BuildError::host("making a socket", e))?;
+        if !stale {
             return Err(invalid("somebody listens there already"));
         }
         std::fs::remove_file(path).map_err(|e| invalid(&e.to_string()))?;
@@ -339,11 +346,8 @@ fn stream_socket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-fn is_stale(address: &SocketAddrUnix) -> bool {
-    stream_socket().is_ok_and(|probe| {
-        matches!(
-            rustix::net::connect(&probe, address),
-            Err(Errno::CONNREFUSED)
-        )
-    })
+fn is_stale(address: &SocketAddrUnix) -> rustix::io::Result<bool> {
+    let probe = stream_socket()?;
+    let answer = rustix::net::connect(&probe, address);
+    Ok(answer == Err(Errno::CONNREFUSED))
 }
