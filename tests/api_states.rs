@@ -17,7 +17,9 @@ fn errors(answer: &Answer) -> Vec<String> {
 /// Sends `operation` and says the status; an error must have the one shape.
 fn status(client: &mut Client, operation: &str) -> u16 {
     let answer = match operation {
-        "vm.info" | "vm.counters" | "vm.balloons" | "vm.balloon-stats" => client.get(operation),
+        "vm.info" | "vm.counters" | "vm.balloons" | "vm.balloon-stats" | "vm.overcommit" => {
+            client.get(operation)
+        }
         "vm.resize" => client.put(operation, r#"{"desired_balloon":4096}"#),
         "vm.resize-balloon" => client.put(operation, r#"{"id":"b","desired_size":0}"#),
         "vm.create" => client.put(operation, "{}"),
@@ -33,7 +35,8 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     answer.status
 }
 
-const OPERATIONS: [&str; 17] = [
+const OPERATIONS: [&str; 18] = [
+    "vm.overcommit",
     "vm.resize",
     "vm.resize-balloon",
     "vm.balloons",
@@ -99,7 +102,7 @@ fn a_verb_that_does_not_fit_the_state_is_409() {
         for (operation, status) in statuses(|| Server::with_vm(state)) {
             let expected = match operation {
                 "vm.create" => 409,
-                "vm.info" | "vm.add-disk" => 200,
+                "vm.info" | "vm.overcommit" | "vm.add-disk" => 200,
                 "vm.delete" | "vm.resize" | "vm.resize-balloon" => 204,
                 "vm.balloons" if state != State::Created => 200,
                 "vm.balloon-stats" if state == State::Running => 200,

@@ -18,8 +18,10 @@ use vmm::Error;
 use vmm::command::{Command, Endpoint, Message, channel};
 use vmm::config::VmConfig;
 use vmm::event::Events;
+use vmm::overcommit::cost::SharedRam;
+use vmm::overcommit::view::{Observer, Subject, View};
 use vmm::state::{State, Verb, check};
-use vmm::status::{BalloonStats, PciDeviceInfo, VmInfo};
+use vmm::status::{BalloonStats, Observation, PciDeviceInfo, VmCounters, VmInfo};
 
 /// Adding a disk with this path takes [`SLOW`].
 pub const SLOW_PATH: &str = "/slow";
@@ -126,8 +128,32 @@ impl FakeVmm {
                 };
                 answer!(reply, check(Verb::BalloonStats, state).map(|()| stats))
             }
+            Command::Overcommit { reply } => {
+                let view = self.view().map(Box::new).ok_or(Error::NotCreated);
+                answer!(reply, view)
+            }
+            Command::Observe { reply } => {
+                let seen = self.view().zip(state).map(|(view, state)| Observation {
+                    state,
+                    view,
+                    balloons: Vec::new(),
+                    counters: VmCounters::new(),
+                    exits: Vec::new(),
+                });
+                answer!(reply, Ok(seen.map(Box::new)))
+            }
             Command::VmmShutdown { .. } => unreachable!(),
         }
+    }
+
+    fn view(&self) -> Option<View> {
+        let subject = Subject {
+            config: &self.vm.as_ref()?.0,
+            balloons: &[],
+            vcpu_threads: &[],
+            shared_ram: SharedRam::default(),
+        };
+        Some(Observer::default().view(&subject))
     }
 
     fn add(&mut self, device: DeviceConfig) -> Result<PciDeviceInfo, Error> {

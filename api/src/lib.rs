@@ -11,6 +11,7 @@ pub mod error;
 pub mod event_monitor;
 pub mod json;
 pub mod log;
+pub mod metrics;
 pub mod openapi;
 pub mod process;
 pub mod raw;

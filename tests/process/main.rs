@@ -15,6 +15,7 @@ mod bad_limits;
 mod bad_requests;
 mod hostile_clients;
 mod lifecycle;
+mod observe;
 mod states;
 
 use serde_json::Value;

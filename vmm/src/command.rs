@@ -1,6 +1,7 @@
 //! Everything the VMM can be asked to do, and everything the guest can make it do: the messages of
 //! the one inbox.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc;
 
 use devices::balloon::BalloonInfo;
@@ -10,7 +11,8 @@ use tokio::sync::{broadcast, oneshot, watch};
 use crate::config::{VmConfig, VmResize};
 use crate::error::Error;
 use crate::event::{Event, Events};
-use crate::status::{BalloonStats, PciDeviceInfo, Status, VmCounters};
+use crate::overcommit::view::View;
+use crate::status::{BalloonStats, Observation, PciDeviceInfo, Status, VmCounters};
 
 /// Where a command's answer goes. The type of the answer is part of the question.
 pub type Reply<T> = oneshot::Sender<Result<T, Error>>;
@@ -66,6 +68,12 @@ pub enum Command {
     Balloons { reply: Reply<Vec<BalloonInfo>> },
     /// `vm.balloon-stats`: the guest's statistics. Answered by the balloon's thread.
     BalloonStats { reply: Reply<BalloonStats> },
+    /// `vm.overcommit`: where the memory is.
+    Overcommit { reply: Reply<Box<View>> },
+    /// `metrics`: all that is counted; `None` where there is no VM.
+    Observe {
+        reply: Reply<Option<Box<Observation>>>,
+    },
     /// `vmm.shutdown`: pull the plug and end the process.
     VmmShutdown { reply: Reply<()> },
 }
@@ -152,6 +160,11 @@ impl Handle {
     /// Listens to all events from now on.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
+    }
+
+    /// How many events there were, by source and name.
+    pub fn event_counts(&self) -> BTreeMap<(&'static str, &'static str), u64> {
+        self.events.counts()
     }
 
     /// Waits until the VMM thread has shut everything down and the process is to end.

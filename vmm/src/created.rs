@@ -18,8 +18,10 @@ use crate::config::{BALLOON_ID, VmConfig, VmResize};
 use crate::consoles::Consoles;
 use crate::device_manager::Removed;
 use crate::error::Error;
+use crate::overcommit::cost::SharedRam;
+use crate::overcommit::view::{Observer, Subject, View};
 use crate::state::State;
-use crate::status::{PciDeviceInfo, VmInfo};
+use crate::status::{Observation, PciDeviceInfo, VmInfo};
 use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 use crate::{cpuid, memory};
 
@@ -285,6 +287,39 @@ impl Created {
             self.config.remove(&device.id);
         }
         removed
+    }
+
+    /// Where the memory is.
+    pub fn overcommit(&self, observer: &mut Observer) -> View {
+        let vm = self.running.as_ref();
+        let balloons = vm.map(|vm| vm.devices.balloon_infos()).unwrap_or_default();
+        let threads = vm.map(|vm| vm.vcpus.thread_ids()).unwrap_or_default();
+        observer.view(&Subject {
+            config: &self.config,
+            balloons: &balloons,
+            vcpu_threads: &threads,
+            shared_ram: self.shared_ram(),
+        })
+    }
+
+    /// Everything there is to count, without asking the guest.
+    pub fn observe(&self, observer: &mut Observer) -> Observation {
+        let vm = self.running.as_ref();
+        Observation {
+            state: self.state(),
+            view: self.overcommit(observer),
+            balloons: vm.map(|vm| vm.devices.balloon_infos()).unwrap_or_default(),
+            counters: vm.map(|vm| vm.devices.counters()).unwrap_or_default(),
+            exits: vm.map(|vm| vm.vcpus.exits()).unwrap_or_default(),
+        }
+    }
+
+    /// What the machine's RAM takes, where it is shared.
+    pub fn shared_ram(&self) -> SharedRam {
+        let vm = self.running.as_ref();
+        vm.map_or_else(SharedRam::default, |vm| {
+            memory::shared_usage(&vm.ram, self.config.memory.hugepages)
+        })
     }
 
     /// When the machine was built; `None` while it is off.

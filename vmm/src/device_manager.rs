@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Ged;
-use devices::balloon::Balloon;
+use devices::balloon::{Balloon, BalloonInfo};
 use devices::config::{BuildContext, DeviceConfig, Invalid};
 use devices::event::{EventSink, Reporter};
 use devices::guest_memory::GuestRam;
@@ -219,6 +219,14 @@ impl DeviceManager {
             let balloon = plugged.transport.device().as_balloon()?;
             Some((id.as_str(), balloon))
         })
+    }
+
+    /// Where each balloon stands, without asking the guest.
+    pub fn balloon_infos(&self) -> Vec<BalloonInfo> {
+        let balloons = self.balloons();
+        balloons
+            .map(|(id, balloon)| balloon.viewer().info(id))
+            .collect()
     }
 
     /// The balloon of this id.

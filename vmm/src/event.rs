@@ -4,6 +4,7 @@
 //! oldest ones and is told how many. Nobody who emits ever waits.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -49,7 +50,12 @@ impl From<Duration> for Timestamp {
 pub struct Events {
     start: Instant,
     sender: broadcast::Sender<Event>,
+    counts: Arc<Mutex<Counts>>,
 }
+
+/// How many events there were, by source and name: both are words of the program, so that there is
+/// a bound to them.
+type Counts = BTreeMap<(&'static str, &'static str), u64>;
 
 impl Events {
     /// A ring nobody listens to yet; time counts from `start`.
@@ -57,6 +63,7 @@ impl Events {
         Self {
             start,
             sender: broadcast::Sender::new(RING),
+            counts: Arc::default(),
         }
     }
 
@@ -70,6 +77,12 @@ impl Events {
         self.sender.subscribe()
     }
 
+    /// How many there were, by source and name.
+    pub fn counts(&self) -> Counts {
+        let counts = self.counts.lock();
+        counts.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Emits an event and logs it.
     pub fn emit(&self, source: &'static str, event: &'static str, properties: &[(&str, &str)]) {
         tracing::info!(target: "event", source, event, ?properties);
@@ -79,6 +92,12 @@ impl Events {
                 .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
                 .collect()
         });
+        {
+            let counts = self.counts.lock();
+            let mut counts = counts.unwrap_or_else(PoisonError::into_inner);
+            let count = counts.entry((source, event)).or_default();
+            *count = count.wrapping_add(1);
+        }
         // Fails only when nobody listens.
         let _ = self.sender.send(Event {
             timestamp: self.start.elapsed().into(),

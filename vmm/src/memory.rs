@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::linux::fs::MetadataExt;
 use std::sync::Arc;
 
 use devices::allow;
@@ -34,6 +35,7 @@ use crate::config::MemoryConfig;
 use crate::error::Error;
 use crate::ioctls::KVM_SET_USER_MEMORY_REGION;
 use crate::layout::{HOLE_END, HOLE_START};
+use crate::overcommit::cost::SharedRam;
 
 mod host;
 
@@ -62,6 +64,17 @@ pub fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
         ranges.push((GuestAddress(HOLE_END), (size - low) as usize));
     }
     ranges
+}
+
+/// How much of the host's memory the file behind shared RAM has; nothing where RAM is private.
+pub fn shared_usage(ram: &GuestRam, hugetlb: bool) -> SharedRam {
+    // All regions are parts of one file.
+    let file = ram.iter().find_map(|region| region.file_offset());
+    let metadata = file.and_then(|offset| offset.file().metadata().ok());
+    metadata.map_or_else(SharedRam::default, |metadata| SharedRam {
+        bytes: metadata.st_blocks().saturating_mul(512),
+        hugetlb,
+    })
 }
 
 /// Checks the configuration against the host, before anything is allocated. Fields are named as

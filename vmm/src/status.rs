@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use devices::balloon::GuestStatistics;
+use devices::balloon::{BalloonInfo, GuestStatistics};
 use devices::pci::BarInfo;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::config::VmConfig;
+use crate::overcommit::view::View;
 use crate::state::State;
 
 /// `vm.info`.
@@ -86,6 +87,21 @@ pub struct BalloonStats {
     pub balloon_actual: u64,
     /// Its statistics.
     pub stats: GuestStatistics,
+}
+
+/// All that is counted of a VM, for who watches it.
+#[derive(Clone, Debug)]
+pub struct Observation {
+    /// What it is doing.
+    pub state: State,
+    /// Where its memory is.
+    pub view: View,
+    /// Where its balloons stand.
+    pub balloons: Vec<BalloonInfo>,
+    /// Running totals of its devices.
+    pub counters: VmCounters,
+    /// How often each vCPU has left the guest, by what it was for.
+    pub exits: Vec<BTreeMap<&'static str, u64>>,
 }
 
 /// `vm.counters`: running totals by device id and counter name.

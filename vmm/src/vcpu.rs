@@ -11,6 +11,7 @@
 //! anything while in KVM_RUN it must come out: a signal, whose handler also sets `immediate_exit`
 //! so that a thread that was just about to enter does not.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -38,10 +39,12 @@ use crate::ioctls::{
 };
 
 mod control;
+mod exits;
 mod reset;
 mod runner;
 
 use control::{Control, Order};
+use exits::Exits;
 use runner::Runner;
 
 /// The signal that gets a vCPU thread out of KVM_RUN: a real-time signal that neither C library
@@ -106,7 +109,15 @@ pub struct VcpuContext<'a> {
 /// All vCPUs of a VM. Dropping it stops them.
 pub struct Vcpus {
     control: Arc<Control>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<VcpuThread>,
+}
+
+/// A vCPU's thread.
+struct VcpuThread {
+    handle: JoinHandle<()>,
+    /// What the kernel calls it.
+    id: u32,
+    exits: Arc<Exits>,
 }
 
 impl Vcpus {
@@ -153,6 +164,7 @@ impl Vcpus {
         index: u32,
         vcpu: kvm_ioctls::VcpuFd,
     ) -> Result<(), Error> {
+        let exits = Arc::new(Exits::default());
         let runner = Runner {
             index,
             vcpu,
@@ -162,34 +174,50 @@ impl Vcpus {
             events: context.events.clone(),
             control: self.control.clone(),
             waits: 0,
+            exits: exits.clone(),
             _ram: context.ram.clone(),
         };
         let filter = filter.clone();
-        let (ready, outcome) = channel::<Result<(), SandboxError>>();
+        let (ready, outcome) = channel::<Result<u32, SandboxError>>();
         let failed =
             |error: &dyn std::fmt::Display| Error::host(format!("starting vCPU {index}"), error);
-        let thread = std::thread::Builder::new()
+        let handle = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let installed = filter.install();
-                let go = installed.is_ok();
-                if go {
-                    runner.run(|| {
+                match installed {
+                    Ok(()) => runner.run(|| {
+                        let id = rustix::thread::gettid().as_raw_nonzero().get();
                         // The spawner waits for this, so it is there to hear it.
-                        let _ = ready.send(installed);
-                    });
-                } else {
-                    let _ = ready.send(installed);
+                        let _ = ready.send(Ok(id.unsigned_abs()));
+                    }),
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
                 }
             })
             .map_err(|error| failed(&error))?;
-        self.threads.push(thread);
         match outcome.recv() {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(id)) => {
+                self.threads.push(VcpuThread { handle, id, exits });
+                Ok(())
+            }
+            // It ends by itself.
             Ok(Err(error)) => Err(failed(&error)),
             Err(_) => Err(failed(&"the thread ended before it was ready")),
         }
+    }
+
+    /// What the kernel calls the vCPUs' threads, in the order of the vCPUs.
+    pub fn thread_ids(&self) -> Vec<u32> {
+        self.threads.iter().map(|thread| thread.id).collect()
+    }
+
+    /// How often each vCPU has left the guest for us, by what it was for.
+    pub fn exits(&self) -> Vec<BTreeMap<&'static str, u64>> {
+        let threads = self.threads.iter();
+        threads.map(|thread| thread.exits.totals()).collect()
     }
 
     /// Lets the vCPUs run. Called on the VMM thread.
@@ -223,7 +251,7 @@ impl Vcpus {
     fn kick(&self) {
         for thread in &self.threads {
             // Fails only for a thread that has ended, which needs no kick.
-            let _ = thread.kill(KICK_SIGNAL);
+            let _ = thread.handle.kill(KICK_SIGNAL);
         }
     }
 }
@@ -234,7 +262,7 @@ impl Drop for Vcpus {
         self.kick();
         for thread in self.threads.drain(..) {
             // A panic aborts the process, so a join can't report one.
-            let _ = thread.join();
+            let _ = thread.handle.join();
         }
     }
 }

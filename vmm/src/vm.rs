@@ -61,6 +61,8 @@ pub struct Vm {
     pub signals: Arc<GuestSignals>,
     /// When it was ready to run.
     pub built_at: Instant,
+    /// RAM.
+    pub ram: GuestRam,
     ged: Arc<Ged>,
 }
 
@@ -182,7 +184,7 @@ impl Vm {
             vm: &vm,
             cpus: &config.cpus,
             entry,
-            ram,
+            ram: ram.clone(),
             pio: buses.pio,
             mmio: buses.mmio,
             signals: signals.clone(),
@@ -194,6 +196,7 @@ impl Vm {
             devices,
             signals,
             built_at: Instant::now(),
+            ram,
             ged,
         })
     }

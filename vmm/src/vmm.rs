@@ -21,6 +21,7 @@ use crate::created::Created;
 use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::event::Events;
+use crate::overcommit::view::Observer;
 use crate::state::{State, Verb, check};
 use crate::status::{BalloonStats, PciDeviceInfo};
 use crate::syscalls;
@@ -71,6 +72,7 @@ struct Vmm {
     options: Options,
     endpoint: Endpoint,
     created: Option<Created>,
+    observer: Observer,
 }
 
 enum Flow {
@@ -84,6 +86,7 @@ impl Vmm {
             options,
             endpoint,
             created: None,
+            observer: Observer::default(),
         }
     }
 
@@ -195,6 +198,16 @@ impl Vmm {
             }
             Command::Balloons { reply } => self.balloons(reply),
             Command::BalloonStats { reply } => self.balloon_stats(reply),
+            Command::Overcommit { reply } => {
+                let created = self.created.as_ref().ok_or(Error::NotCreated);
+                let view = created.map(|c| Box::new(c.overcommit(&mut self.observer)));
+                self.answer(reply, view);
+            }
+            Command::Observe { reply } => {
+                let created = self.created.as_ref();
+                let seen = created.map(|c| Box::new(c.observe(&mut self.observer)));
+                self.answer(reply, Ok(seen));
+            }
             Command::VmmShutdown { reply } => {
                 self.delete();
                 self.answer(reply, Ok(()));
@@ -253,6 +266,7 @@ impl Vmm {
             inbox: self.endpoint.sender.clone(),
         };
         let events = self.endpoint.events.clone();
+        self.observer.forget();
         let created = self.created(Verb::Boot)?;
         events.emit("vm", "booting", &[]);
         let result = created.boot(environment, paused);
@@ -267,6 +281,7 @@ impl Vmm {
     }
 
     fn shutdown(&mut self) -> Result<(), Error> {
+        self.observer.forget();
         let removed = self.created(Verb::Shutdown)?.power_off();
         self.tell_removed(removed);
         self.tell("shutdown");

@@ -7,19 +7,22 @@ pub mod balloons;
 pub mod devices;
 pub mod documents;
 pub mod events;
+pub mod observe;
 pub mod vm;
 pub mod vmm;
 
 use ::vmm::command::{Command, Reply};
 use ::vmm::{Error, Handle};
-use axum::Router;
 use axum::handler::Handler;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
+use axum::{Extension, Router};
 use serde::Serialize;
 
 use crate::error::ApiError;
+use crate::metrics::{self, Requests};
 use crate::{compat, json};
 
 /// Where the API lives.
@@ -27,6 +30,7 @@ pub const ROOT: &str = "/api/v1";
 
 /// The whole API, answered through `handle`.
 pub fn router(handle: Handle) -> Router {
+    let requests = Requests::default();
     let operations = Router::new()
         .route("/vmm.ping", get(vmm::ping))
         .route("/vmm.shutdown", put(vmm::shutdown))
@@ -48,11 +52,17 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.resize-balloon", put(balloons::resize))
         .route("/vm.balloons", get(balloons::list))
         .route("/vm.balloon-stats", get(balloons::stats))
+        .route("/vm.overcommit", get(observe::overcommit))
+        .route("/metrics", get(observe::metrics))
         .route("/vm.events", get(events::stream))
         .route("/openapi.json", get(documents::openapi));
     Router::new()
         .nest(ROOT, operations)
+        // Where Prometheus looks unless told otherwise.
+        .route("/metrics", get(observe::metrics))
         .fallback(nothing_here)
+        .layer(from_fn_with_state(requests.clone(), metrics::count))
+        .layer(Extension(requests))
         .with_state(handle)
 }
 

@@ -61,6 +61,8 @@ pub struct Cost {
     /// Memory that compressed swap (zswap) takes; part of `resident`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zswap: Option<u64>,
+    /// Milliseconds since it was read: where that is costly, it is not done at each request.
+    pub age_ms: u64,
 }
 
 /// Shared guest memory: what its memfd has, in or out of memory.
@@ -139,6 +141,7 @@ fn parse_stat(stat: &str, current: u64) -> Option<Cost> {
         hugetlb: 0,
         swap: None,
         zswap: None,
+        age_ms: 0,
     })
 }
 
@@ -165,6 +168,7 @@ fn parse_smaps(text: &str, shared_ram: SharedRam) -> Option<Cost> {
         hugetlb: 0,
         swap: line("SwapPss").or_else(|| line("Swap")),
         zswap: None,
+        age_ms: 0,
     })
 }
 
@@ -176,21 +180,22 @@ pub struct Cached {
 }
 
 impl Cached {
-    /// The cost and its age; `read` is called when the last one is too old.
+    /// The cost; `read` is called when the last one is too old.
     pub fn get(
         &mut self,
         now: Instant,
         read: impl FnOnce() -> Result<Cost, String>,
-    ) -> (Result<Cost, String>, Duration) {
+    ) -> Result<Cost, String> {
         if let Some((at, took, cost)) = &self.last {
             let age = now.saturating_duration_since(*at);
             if age < (*took * 20).min(Duration::from_secs(10)) {
-                return (cost.clone(), age);
+                let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+                return cost.clone().map(|cost| Cost { age_ms, ..cost });
             }
         }
         let cost = read();
         self.last = Some((now, now.elapsed(), cost.clone()));
-        (cost, Duration::ZERO)
+        cost
     }
 
     /// Forgets it: the VM is not what it was.

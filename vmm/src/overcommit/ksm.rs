@@ -23,6 +23,8 @@ const RMAP_ITEM: i128 = 64;
 /// why.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct KsmGain {
+    /// Whether the guest's memory may be merged (`memory.mergeable`).
+    pub mergeable: bool,
     /// Pages that are merged with others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub merged_pages: Option<u64>,
@@ -39,6 +41,8 @@ pub struct KsmGain {
     /// What could not be read, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unavailable: Option<String>,
+    /// Milliseconds since it was read.
+    pub age_ms: u64,
 }
 
 impl KsmGain {
@@ -65,7 +69,7 @@ fn parse_gain(text: &str, merging: impl FnOnce() -> Option<u64>) -> KsmGain {
         zero_pages: line("ksm_zero_pages"),
         rmap_items: line("ksm_rmap_items"),
         net_profit: files::stat_line(text, "ksm_process_profit"),
-        unavailable: None,
+        ..KsmGain::default()
     };
     if gain.net_profit.is_none()
         && let (Some(merged), Some(items)) = (gain.merged_pages, gain.rmap_items)

@@ -11,6 +11,7 @@ pub mod files;
 pub mod ksm;
 pub mod pressure;
 pub mod reading;
+pub mod view;
 
 use self::reading::{Neighbours, Own};
 

@@ -24,6 +24,7 @@ use vmm_sys_util::signal::unblock_signal;
 
 use super::KICK_SIGNAL;
 use super::control::{Control, Next};
+use super::exits::{Exits, Kind};
 use crate::event::Events;
 
 /// More exits than any one instruction needs to be completed.
@@ -58,6 +59,8 @@ pub(super) struct Runner {
     pub(super) control: Arc<Control>,
     /// Times in a row that KVM_RUN had nothing to run.
     pub(super) waits: u32,
+    /// What it left the guest for.
+    pub(super) exits: Arc<Exits>,
     /// What the guest runs in must stay mapped.
     pub(super) _ram: GuestRam,
 }
@@ -155,7 +158,17 @@ impl Runner {
 
     fn enter(&mut self, page: *mut kvm_run) -> Exit {
         let waits = std::mem::take(&mut self.waits);
-        match self.vcpu.run() {
+        let result = self.vcpu.run();
+        self.exits.count(match &result {
+            Ok(VcpuExit::IoIn(..)) => Kind::PortRead,
+            Ok(VcpuExit::IoOut(..)) => Kind::PortWrite,
+            Ok(VcpuExit::MmioRead(..)) => Kind::MmioRead,
+            Ok(VcpuExit::MmioWrite(..)) => Kind::MmioWrite,
+            Ok(VcpuExit::Intr) => Kind::Interrupted,
+            Err(error) if error.errno() == libc::EINTR => Kind::Interrupted,
+            _ => Kind::Other,
+        });
+        match result {
             Ok(VcpuExit::IoIn(port, data)) => {
                 for element in data.chunks_mut(element_size(page)) {
                     self.pio.read(port.into(), element);

@@ -77,6 +77,7 @@ fn a_cgroup_of_its_own_is_believed() {
             hugetlb: 2 << 20,
             swap: Some(12288),
             zswap: Some(4096),
+            age_ms: 0,
         }
     );
 }
@@ -156,15 +157,17 @@ fn a_reading_that_is_costly_is_kept_for_longer() {
     let start = Instant::now();
     // Taken to have begun a second ago.
     let begun = start.checked_sub(Duration::from_secs(1)).unwrap();
-    let (first, age) = cached.get(begun, || cost(1));
-    assert_eq!((first.unwrap().resident, age), (1, Duration::ZERO));
-    let (kept, age) = cached.get(begun + Duration::from_secs(9), || cost(2));
-    assert_eq!((kept.unwrap().resident, age), (1, Duration::from_secs(9)));
-    let (again, age) = cached.get(begun + Duration::from_secs(10), || cost(3));
-    assert_eq!((again.unwrap().resident, age), (3, Duration::ZERO));
+    let seen = |cost: Result<Cost, String>| {
+        let cost = cost.unwrap();
+        (cost.resident, cost.age_ms)
+    };
+    assert_eq!(seen(cached.get(begun, || cost(1))), (1, 0));
+    let later = begun + Duration::from_secs(9);
+    assert_eq!(seen(cached.get(later, || cost(2))), (1, 9000));
+    let later = begun + Duration::from_secs(10);
+    assert_eq!(seen(cached.get(later, || cost(3))), (3, 0));
     cached.clear();
-    let (fresh, _) = cached.get(begun + Duration::from_secs(10), || cost(4));
-    assert_eq!(fresh.unwrap().resident, 4);
+    assert_eq!(seen(cached.get(later, || cost(4))), (4, 0));
 }
 
 proptest! {

@@ -16,7 +16,7 @@ fn each_kernel_tells_what_it_knows() {
             zero_pages: Some(10),
             rmap_items: Some(1000),
             net_profit: Some(2_024_960),
-            unavailable: None,
+            ..KsmGain::default()
         }
     );
     // Linux 6.1: the merged pages are in a file of their own, and there is no profit.

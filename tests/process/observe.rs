@@ -1,0 +1,208 @@
+//! Where the memory is, as a real process under its real filters tells it.
+
+use std::fs;
+
+use prometheus_parse::{Scrape, Value as Metric};
+use serde_json::{Value, json};
+
+use crate::support::ballast::Ballast;
+use crate::support::eventually;
+use crate::support::http::{Client, header};
+
+const MIB: u64 = 1 << 20;
+
+/// Boots the sleeping guest, of 64 MiB, with this memory, and shows where that is.
+fn boot(ballast: &Ballast, client: &mut Client, memory: &Value) -> Value {
+    let mut config = ballast.sleeper();
+    for (name, value) in memory.as_object().expect("an object") {
+        config["memory"][name] = value.clone();
+    }
+    client.put_json("vm.create", &config);
+    client.put("vm.boot");
+    client.get("vm.overcommit")
+}
+
+fn bytes(view: &Value, pointer: &str) -> u64 {
+    let value = view.pointer(pointer).and_then(Value::as_u64);
+    value.unwrap_or_else(|| panic!("no {pointer} in {view}"))
+}
+
+#[test]
+fn the_cost_is_what_the_guests_memory_takes_and_goes_with_it() {
+    let ballast = Ballast::start();
+    let mut client = ballast.api();
+    for (memory, kind) in [
+        (json!({"prefault": true}), "/cost/anon"),
+        (json!({"prefault": true, "shared": true}), "/cost/shmem"),
+    ] {
+        let full = boot(&ballast, &mut client, &memory);
+        assert_eq!(full["promised"], 64 * MIB);
+        assert!(bytes(&full, kind) >= 64 * MIB, "{kind}: {full}");
+        assert!(bytes(&full, "/cost/resident") >= 64 * MIB, "{full}");
+        let source = &full["cost"]["source"];
+        assert_eq!(
+            source == "smaps_rollup",
+            full["cost"]["no_cgroup"].is_string(),
+            "{full}"
+        );
+        client.put("vm.shutdown");
+        let empty = client.get("vm.overcommit");
+        assert!(bytes(&empty, kind) < 32 * MIB, "{kind}: {empty}");
+        assert_eq!(empty["vcpus"], json!([]));
+        client.put("vm.delete");
+    }
+}
+
+#[test]
+fn the_view_tells_of_vcpus_merging_and_pressure() {
+    let mut ballast = Ballast::start();
+    let mut client = ballast.api();
+    assert_eq!(client.request("GET", "vm.overcommit", None).status, 404);
+    let view = boot(&ballast, &mut client, &json!({"mergeable": true}));
+    let thread = bytes(&view, "/vcpus/0/thread");
+    let name = fs::read_to_string(format!("/proc/{}/task/{thread}/comm", ballast.pid()));
+    assert_eq!(name.expect("the thread").trim(), "vcpu0");
+    let schedstat = format!("/proc/{}/task/{thread}/schedstat", ballast.pid());
+    if fs::read_to_string(schedstat).is_ok() {
+        eventually("the vCPU has run", || {
+            let view = client.get("vm.overcommit");
+            (bytes(&view, "/vcpus/0/run_ns") > 0).then_some(())
+        });
+    } else {
+        assert!(view["vcpus"][0]["unavailable"].is_string(), "{view}");
+    }
+    assert_eq!(view["ksm"]["mergeable"], true);
+    let known = view["ksm"]["rmap_items"].is_u64();
+    assert!(known || view["ksm"]["unavailable"].is_string(), "{view}");
+    for scope in ["host", "cgroup"] {
+        let pressure = &view["pressure"][scope];
+        let some = bytes_or_none(pressure, "/memory/some/total_us");
+        assert!(
+            some.is_some() || pressure["unavailable"].is_string(),
+            "{pressure}"
+        );
+    }
+    let host = fs::read_to_string("/proc/pressure/memory");
+    assert_eq!(host.is_ok(), view["pressure"]["host"]["memory"].is_object());
+    ballast.assert_well();
+}
+
+fn bytes_or_none(value: &Value, pointer: &str) -> Option<u64> {
+    value.pointer(pointer)?.as_u64()
+}
+
+#[test]
+fn balloons_that_were_plugged_are_in_the_view() {
+    let ballast = Ballast::start();
+    let mut client = ballast.api();
+    boot(&ballast, &mut client, &json!({}));
+    client.put_json("vm.add-balloon", &json!({"size": 8 * MIB}));
+    client.put_json("vm.add-balloon", &json!({"size": 4 * MIB}));
+    let view = client.get("vm.overcommit");
+    assert_eq!(bytes(&view, "/balloons/count"), 2);
+    assert_eq!(bytes(&view, "/balloons/target"), 12 * MIB);
+    assert_eq!(bytes(&view, "/balloons/actual"), 0, "no driver");
+}
+
+#[test]
+fn only_private_memory_of_ordinary_pages_can_be_mergeable() {
+    let ballast = Ballast::start();
+    let mut client = ballast.api();
+    for other in ["shared", "hugepages"] {
+        let mut config = ballast.sleeper();
+        config["memory"]["mergeable"] = json!(true);
+        config["memory"][other] = json!(true);
+        let answer = client.try_put_json("vm.create", &config).expect(400);
+        assert!(answer.reasons().contains("memory.mergeable"), "{other}");
+        client.request("GET", "vm.info", None).expect(404);
+    }
+}
+
+/// Scrapes `path`, and has it read by a parser that is not the encoder's.
+fn scrape(client: &mut Client, path: &str) -> Scrape {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    client.send(request.as_bytes()).expect("send");
+    let answer = client.receive().expect("an answer").expect(200);
+    assert_eq!(
+        header(&answer.head, "Content-Type"),
+        Some("text/plain; version=0.0.4")
+    );
+    let text = answer.text();
+    let lines = text.lines().map(|line| Ok(line.to_owned()));
+    let scrape = Scrape::parse(lines).expect("the text format");
+    for sample in &scrape.samples {
+        assert!(scrape.docs.contains_key(&sample.metric), "{sample:?}");
+        assert!(!matches!(sample.value, Metric::Untyped(_)), "{sample:?}");
+    }
+    scrape
+}
+
+#[track_caller]
+fn metric(scrape: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let mut found = scrape.samples.iter().filter(|sample| {
+        let fits = |(name, value): &(&str, &str)| sample.labels.get(name) == Some(*value);
+        sample.metric == name && labels.iter().all(fits)
+    });
+    let value = &found.next().expect("such a sample").value;
+    assert!(found.next().is_none(), "{name} {labels:?} twice");
+    match value {
+        Metric::Counter(value) | Metric::Gauge(value) => *value,
+        other => panic!("{name}: {other:?}"),
+    }
+}
+
+#[test]
+fn metrics_are_at_both_paths_with_and_without_a_vm() {
+    let mut ballast = Ballast::start();
+    let mut client = ballast.api();
+    for path in ["/metrics", "/api/v1/metrics"] {
+        let empty = scrape(&mut client, path);
+        assert_eq!(metric(&empty, "ballast_vm_exists", &[]), 0.0);
+        assert_eq!(metric(&empty, "ballast_vmm_answered", &[]), 1.0);
+    }
+    boot(&ballast, &mut client, &json!({"prefault": true}));
+    client.put_json(
+        "vm.add-balloon",
+        &json!({"id": "b \"1\"", "size": MIB, "inflate_prefaulted": true}),
+    );
+    let seen = scrape(&mut client, "/metrics");
+    let state = |name| metric(&seen, "ballast_vm_state", &[("state", name)]);
+    assert_eq!((state("Running"), state("Created")), (1.0, 0.0));
+    let resident = metric(&seen, "ballast_memory_resident_bytes", &[]);
+    assert!(resident >= (64 * MIB) as f64, "{resident}");
+    assert_eq!(
+        metric(&seen, "ballast_balloon_target_bytes", &[]),
+        MIB as f64
+    );
+    let booted = [("source", "vm"), ("event", "booted")];
+    assert_eq!(metric(&seen, "ballast_events_total", &booted), 1.0);
+    metric(
+        &seen,
+        "ballast_vcpu_exits_total",
+        &[("reason", "port-write")],
+    );
+    client.put("vm.delete");
+    let gone = scrape(&mut client, "/metrics");
+    assert_eq!(metric(&gone, "ballast_vm_exists", &[]), 0.0);
+    ballast.assert_well();
+}
+
+#[test]
+fn requests_are_counted_by_operation_and_what_is_none_has_one_name() {
+    let ballast = Ballast::start();
+    let mut client = ballast.api();
+    for path in ["no-such", "no-such-either", "vm.info/x"] {
+        client.request("GET", path, None).expect(404);
+    }
+    client.request("GET", "vm.info", None).expect(404);
+    client.request("PUT", "metrics", None).expect(405);
+    let seen = scrape(&mut client, "/metrics");
+    let count = |operation, status| {
+        let labels = [("operation", operation), ("status", status)];
+        metric(&seen, "ballast_api_requests_total", &labels)
+    };
+    assert_eq!(count("other", "404"), 3.0);
+    assert_eq!(count("vm.info", "404"), 1.0);
+    assert_eq!(count("metrics", "405"), 1.0);
+    assert!(count("vmm.ping", "200") >= 1.0);
+}
