@@ -22,7 +22,7 @@ fn status(client: &mut Client, operation: &str) -> u16 {
         }
         "vm.resize" => client.put(operation, r#"{"desired_balloon":4096}"#),
         "vm.resize-balloon" => client.put(operation, r#"{"id":"b","desired_size":0}"#),
-        "vm.create" => client.put(operation, "{}"),
+        "vm.create" | "vm.set-overcommit" => client.put(operation, "{}"),
         "vm.add-disk" => client.put(operation, r#"{"path":"/d"}"#),
         "vm.remove-device" => client.put(operation, r#"{"id":"_disk0"}"#),
         _ => client.put(operation, ""),
@@ -35,10 +35,11 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     answer.status
 }
 
-const OPERATIONS: [&str; 18] = [
+const OPERATIONS: [&str; 19] = [
     "vm.overcommit",
     "vm.resize",
     "vm.resize-balloon",
+    "vm.set-overcommit",
     "vm.balloons",
     "vm.balloon-stats",
     "vm.create",
@@ -103,7 +104,7 @@ fn a_verb_that_does_not_fit_the_state_is_409() {
             let expected = match operation {
                 "vm.create" => 409,
                 "vm.info" | "vm.overcommit" | "vm.add-disk" => 200,
-                "vm.delete" | "vm.resize" | "vm.resize-balloon" => 204,
+                "vm.delete" | "vm.resize" | "vm.resize-balloon" | "vm.set-overcommit" => 204,
                 "vm.balloons" if state != State::Created => 200,
                 "vm.balloon-stats" if state == State::Running => 200,
                 "vm.remove-device" => 404,

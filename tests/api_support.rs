@@ -115,6 +115,9 @@ impl FakeVmm {
             Command::ResizeBalloon { reply, .. } => {
                 answer!(reply, check(Verb::ResizeBalloon, state))
             }
+            Command::SetOvercommit { reply, .. } => {
+                answer!(reply, check(Verb::SetOvercommit, state))
+            }
             Command::Balloons { reply } => {
                 answer!(reply, check(Verb::Balloons, state).map(|()| Vec::new()))
             }

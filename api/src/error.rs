@@ -253,6 +253,7 @@ impl From<Error> for ApiError {
             Error::DuplicateId { .. } => (StatusCode::CONFLICT, "duplicate-id"),
             Error::DuplicatePath { .. } => (StatusCode::CONFLICT, "duplicate-path"),
             Error::BelowFloor { .. } => (StatusCode::CONFLICT, "below-floor"),
+            Error::Driven { .. } => (StatusCode::CONFLICT, "driven-balloon"),
             Error::Invalid(invalid) => (StatusCode::BAD_REQUEST, code_of(invalid)),
             Error::Busy { .. } => (StatusCode::CONFLICT, "busy"),
             Error::NoSlot(_) => (StatusCode::CONFLICT, "no-slot"),
@@ -325,6 +326,16 @@ mod tests {
             );
         }
         assert_eq!(status(Error::Timeout("pausing")), (504, "timeout"));
+        let below = Error::BelowFloor {
+            field: "size".into(),
+            left: 1,
+            floor: 2,
+        };
+        assert_eq!(ApiError::from(below).field(), Some("size"));
+        assert_eq!(
+            status(Error::Driven { id: "b".into() }),
+            (409, "driven-balloon")
+        );
         assert_eq!(status(Error::host("x", "y")), (500, "host"));
     }
 

@@ -48,7 +48,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         vmm::ping, vmm::shutdown,
         vm::create, vm::info, vm::counters, vm::boot, vm::shutdown, vm::reboot, vm::pause,
         vm::resume, vm::power_button, vm::nmi, vm::delete,
-        vm::resize,
+        vm::resize, vm::set_overcommit,
         devices::add_disk, devices::remove,
         balloons::add, balloons::resize, balloons::list, balloons::stats,
         observe::overcommit, observe::metrics,

@@ -156,6 +156,7 @@ impl Prepared {
         let options = vmm::vmm::Options {
             seccomp: self.seccomp,
             exit_on_power_off: self.exit_on_power_off,
+            ..vmm::vmm::Options::default()
         };
         let handle = vmm::vmm::start(options, self.events.clone())?;
         spawn_signal_thread(self.signals, self.seccomp, handle.clone())?;

@@ -8,7 +8,7 @@ use devices::balloon::BalloonInfo;
 use devices::config::DeviceConfig;
 use tokio::sync::{broadcast, oneshot, watch};
 
-use crate::config::{VmConfig, VmResize};
+use crate::config::{OvercommitConfig, VmConfig, VmResize};
 use crate::error::Error;
 use crate::event::{Event, Events};
 use crate::overcommit::view::View;
@@ -61,6 +61,13 @@ pub enum Command {
     ResizeBalloon {
         id: String,
         desired_size: u64,
+        /// Go below what the guest is guaranteed.
+        floor_override: bool,
+        reply: Reply<()>,
+    },
+    /// `vm.set-overcommit`: another policy.
+    SetOvercommit {
+        config: Box<OvercommitConfig>,
         reply: Reply<()>,
     },
     /// `vm.balloons`: where each stands. Answered by the balloons' threads, with statistics that

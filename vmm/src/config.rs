@@ -17,6 +17,7 @@ use utoipa::ToSchema;
 use crate::device_manager::TRANSPORT_PREFIX;
 use crate::error::Error;
 use crate::layout::{HOLE_END, HOLE_START};
+use crate::overcommit::control::COUNTERS_ID;
 use crate::vm::RNG_ID;
 
 mod balloons;
@@ -128,10 +129,7 @@ impl VmConfig {
         self.cpus.validate().map_err(|e| e.within("cpus"))?;
         self.memory.validate().map_err(|e| e.within("memory"))?;
         self.validate_addresses(self.cpus.max_phys_bits)?;
-        if let Some(overcommit) = &self.overcommit {
-            let checked = overcommit.validate(self.memory.size);
-            checked.map_err(|e| e.within("overcommit"))?;
-        }
+        self.validate_overcommit()?;
         if let Some(payload) = &self.payload {
             payload.validate().map_err(|e| e.within("payload"))?;
         }
@@ -206,7 +204,8 @@ impl VmConfig {
     }
 
     fn validate_devices(&self) -> Result<(), Error> {
-        let mut ids = HashMap::new();
+        // vm.counters has the governor's beside the devices'.
+        let mut ids = HashMap::from([(COUNTERS_ID.to_owned(), "overcommit".to_owned())]);
         let mut slots = HashMap::new();
         let devices = self.devices();
         // Slot 0 is the host bridge.

@@ -1,8 +1,8 @@
 //! A VM from `vm.create` to `vm.delete`: the desired configuration, the consoles that outlive
 //! reboots, and, while it is booted, the machine.
 //!
-//! A change is made in the live machine first and in the configuration only when that has
-//! succeeded; whatever fails leaves both as they were.
+//! A change is made in the configuration only when it is certain, or has been made in the live
+//! machine; whatever fails leaves both as they were.
 
 use std::collections::HashMap;
 use std::os::linux::fs::MetadataExt;
@@ -24,6 +24,8 @@ use crate::state::State;
 use crate::status::{Observation, PciDeviceInfo, VmInfo};
 use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 use crate::{cpuid, memory};
+
+mod policy;
 
 /// A VM that exists.
 pub struct Created {
@@ -196,6 +198,7 @@ impl Created {
         };
         self.config = config;
         self.next_number = next_number;
+        self.keep_guarantee();
         Ok(info)
     }
 
@@ -238,12 +241,18 @@ impl Created {
             return Ok(());
         };
         let id = self.first_balloon()?;
-        self.resize_balloon(&id, size, "desired_balloon")
+        self.resize_balloon(&id, size, "desired_balloon", false)
     }
 
     /// Tells the guest a balloon's new target, or changes it in the configuration; `field` is what
-    /// a refusal names.
-    pub fn resize_balloon(&mut self, id: &str, size: u64, field: &str) -> Result<(), Error> {
+    /// a refusal names. With `floor_override` the guarantee does not hold it back.
+    pub fn resize_balloon(
+        &mut self,
+        id: &str,
+        size: u64,
+        field: &str,
+        floor_override: bool,
+    ) -> Result<(), Error> {
         let mut config = self.config.clone();
         let Some(balloon) = config.balloon_mut(id) else {
             if config
@@ -259,11 +268,20 @@ impl Created {
         config
             .validate_balloons()
             .map_err(|invalid| Invalid::new(field, invalid.reason))?;
-        config.check_floor(self.config.balloon_bytes(), field)?;
+        if !floor_override {
+            config.check_floor(self.config.balloon_bytes(), field)?;
+        } else if self.is_driven(id) {
+            return Err(Error::Driven { id: id.to_owned() });
+        }
+        if let Some(vm) = &self.running {
+            vm.devices.balloon(id)?;
+        }
+        self.config = config;
+        // Before, so that the two never ask for more than they may together.
+        self.keep_guarantee();
         if let Some(vm) = &self.running {
             vm.devices.balloon(id)?.set_target(size);
         }
-        self.config = config;
         Ok(())
     }
 

@@ -237,6 +237,12 @@ impl DeviceManager {
             .ok_or_else(|| Error::UnknownDevice { id: id.to_owned() })
     }
 
+    /// Whether the guest has been asked to let go of the device.
+    pub fn is_leaving(&self, id: &str) -> bool {
+        let plugged = self.devices.get(id);
+        plugged.is_some_and(|plugged| plugged.removal.is_some())
+    }
+
     /// Whether there is a device of this id.
     pub fn contains(&self, id: &str) -> bool {
         self.devices.contains_key(id)

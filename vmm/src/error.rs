@@ -66,6 +66,15 @@ pub enum Error {
         /// Bytes it is guaranteed.
         floor: u64,
     },
+    /// The governor would undo it at once.
+    #[error(
+        "balloon `{id}` is driven by `overcommit.mode` auto, which keeps the guarantee; \
+         set the mode to off first"
+    )]
+    Driven {
+        /// The balloon.
+        id: String,
+    },
     /// A value that can't be accepted.
     #[error(transparent)]
     Invalid(#[from] Invalid),

@@ -56,6 +56,7 @@ pub enum Verb {
     RemoveDevice,
     Resize,
     ResizeBalloon,
+    SetOvercommit,
     Balloons,
     BalloonStats,
 }
@@ -77,6 +78,7 @@ impl Verb {
             Self::RemoveDevice => "vm.remove-device",
             Self::Resize => "vm.resize",
             Self::ResizeBalloon => "vm.resize-balloon",
+            Self::SetOvercommit => "vm.set-overcommit",
             Self::Balloons => "vm.balloons",
             Self::BalloonStats => "vm.balloon-stats",
         }
@@ -88,7 +90,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     use State::{Created, Paused, Running};
     use Verb::{
         AddDevice, BalloonStats, Balloons, Boot, Counters, Create, Nmi, Pause, PowerButton, Reboot,
-        RemoveDevice, Resize, ResizeBalloon, Resume, Shutdown,
+        RemoveDevice, Resize, ResizeBalloon, Resume, SetOvercommit, Shutdown,
     };
     let state = match (verb, state) {
         (Create, None) => return Ok(()),
@@ -102,7 +104,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
         Shutdown | Reboot | Counters | Balloons => state != Created,
         Pause | PowerButton | Nmi | BalloonStats => state == Running,
         Resume => state == Paused,
-        AddDevice | RemoveDevice | Resize | ResizeBalloon => {
+        AddDevice | RemoveDevice | Resize | ResizeBalloon | SetOvercommit => {
             matches!(state, Created | Running | Paused)
         }
     };
@@ -120,7 +122,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const VERBS: [Verb; 15] = [
+    const VERBS: [Verb; 16] = [
         Verb::Create,
         Verb::Boot,
         Verb::Shutdown,
@@ -134,6 +136,7 @@ mod tests {
         Verb::RemoveDevice,
         Verb::Resize,
         Verb::ResizeBalloon,
+        Verb::SetOvercommit,
         Verb::Balloons,
         Verb::BalloonStats,
     ];
@@ -149,12 +152,19 @@ mod tests {
     fn each_state_allows_just_the_verbs_of_the_picture() {
         use Verb::{
             AddDevice, BalloonStats, Balloons, Boot, Counters, Create, Nmi, Pause, PowerButton,
-            Reboot, RemoveDevice, Resize, ResizeBalloon, Resume, Shutdown,
+            Reboot, RemoveDevice, Resize, ResizeBalloon, Resume, SetOvercommit, Shutdown,
         };
         assert_eq!(legal(None), [Create]);
         assert_eq!(
             legal(Some(State::Created)),
-            [Boot, AddDevice, RemoveDevice, Resize, ResizeBalloon]
+            [
+                Boot,
+                AddDevice,
+                RemoveDevice,
+                Resize,
+                ResizeBalloon,
+                SetOvercommit
+            ]
         );
         assert_eq!(
             legal(Some(State::Running)),
@@ -169,6 +179,7 @@ mod tests {
                 RemoveDevice,
                 Resize,
                 ResizeBalloon,
+                SetOvercommit,
                 Balloons,
                 BalloonStats
             ]
@@ -184,6 +195,7 @@ mod tests {
                 RemoveDevice,
                 Resize,
                 ResizeBalloon,
+                SetOvercommit,
                 Balloons
             ]
         );

@@ -9,6 +9,7 @@ use devices::config;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
 
+use crate::overcommit::psi;
 use crate::{boot, interrupts, memory, vcpu};
 
 /// Making a thread, and installing its filter in it.
@@ -33,6 +34,7 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
         vcpu::SYSCALLS,
         vcpu::CONTROL_SYSCALLS,
         console::OPEN,
+        psi::SYSCALLS,
     ];
     lists.extend(boot::SYSCALLS);
     lists.push(config::BUILD);

@@ -21,9 +21,12 @@ use crate::created::Created;
 use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::event::Events;
+use crate::overcommit::Alone;
+use crate::overcommit::control::{COUNTERS_ID, Control};
+use crate::overcommit::psi::{self, Sources};
 use crate::overcommit::view::Observer;
 use crate::state::{State, Verb, check};
-use crate::status::{BalloonStats, PciDeviceInfo};
+use crate::status::{BalloonStats, PciDeviceInfo, VmCounters};
 use crate::syscalls;
 use crate::vm::Environment;
 
@@ -32,13 +35,15 @@ use crate::vm::Environment;
 const RESET_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How the process was told to behave.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Mode of all seccomp filters.
     pub seccomp: SeccompMode,
     /// End the process when the guest powers itself off (Cloud Hypervisor's behaviour without
     /// `--no-shutdown`).
     pub exit_on_power_off: bool,
+    /// Where the host tells how it is; tests tell it otherwise.
+    pub host: psi::Paths,
 }
 
 /// Starts the VMM thread. Called once, by the main thread, before it installs its own filter.
@@ -47,6 +52,8 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
     let (handle, endpoint) = channel(events);
     let filter =
         Filter::compile("vmm", options.seccomp, &syscalls::vmm_thread()).map_err(|e| failed(&e))?;
+    // Opened before the filter is installed.
+    let control = Control::new(Sources::open(&options.host), Box::new(Alone));
     let (installed, outcome) = std::sync::mpsc::channel::<Result<(), sandbox::SandboxError>>();
     std::thread::Builder::new()
         .name("vmm".to_owned())
@@ -57,7 +64,7 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
             // The spawner waits for this, so it is there to hear it.
             let _ = installed.send(result);
             if go {
-                Vmm::new(options, endpoint).run();
+                Vmm::new(options, endpoint, control).run();
             }
         })
         .map_err(|e| failed(&e))?;
@@ -73,6 +80,7 @@ struct Vmm {
     endpoint: Endpoint,
     created: Option<Created>,
     observer: Observer,
+    control: Control,
 }
 
 enum Flow {
@@ -81,12 +89,13 @@ enum Flow {
 }
 
 impl Vmm {
-    fn new(options: Options, endpoint: Endpoint) -> Self {
+    fn new(options: Options, endpoint: Endpoint, control: Control) -> Self {
         Self {
             options,
             endpoint,
             created: None,
             observer: Observer::default(),
+            control,
         }
     }
 
@@ -118,7 +127,8 @@ impl Vmm {
 
     /// The next message, or `None` when a deadline has passed.
     fn next_message(&self) -> Option<Message> {
-        let deadline = self.created.as_ref().and_then(Created::next_deadline);
+        let removal = self.created.as_ref().and_then(Created::next_deadline);
+        let deadline = removal.into_iter().chain(self.next_look()).min();
         receive(&self.endpoint.inbox, deadline)
     }
 
@@ -169,9 +179,7 @@ impl Vmm {
                 self.answer(reply, Ok(()));
             }
             Command::Counters { reply } => {
-                let result = self
-                    .created(Verb::Counters)
-                    .and_then(|c| Ok(c.running()?.devices.counters()));
+                let result = self.counters();
                 self.answer(reply, result);
             }
             Command::AddDevice { device, reply } => {
@@ -189,11 +197,18 @@ impl Vmm {
             Command::ResizeBalloon {
                 id,
                 desired_size,
+                floor_override,
                 reply,
             } => {
+                let result = self.created(Verb::ResizeBalloon).and_then(|c| {
+                    c.resize_balloon(&id, desired_size, "desired_size", floor_override)
+                });
+                self.answer(reply, result);
+            }
+            Command::SetOvercommit { config, reply } => {
                 let result = self
-                    .created(Verb::ResizeBalloon)
-                    .and_then(|c| c.resize_balloon(&id, desired_size, "desired_size"));
+                    .created(Verb::SetOvercommit)
+                    .and_then(|c| c.set_overcommit(*config));
                 self.answer(reply, result);
             }
             Command::Balloons { reply } => self.balloons(reply),
@@ -270,6 +285,7 @@ impl Vmm {
         let created = self.created(Verb::Boot)?;
         events.emit("vm", "booting", &[]);
         let result = created.boot(environment, paused);
+        self.control.restart();
         match &result {
             Ok(()) => self.tell("booted"),
             Err(error) => {
@@ -375,6 +391,55 @@ impl Vmm {
         }
     }
 
+    fn counters(&mut self) -> Result<VmCounters, Error> {
+        let created = self.created(Verb::Counters)?;
+        let mut counters = created.running()?.devices.counters();
+        if created.info().config.overcommit.is_some() {
+            counters.insert(COUNTERS_ID.to_owned(), self.control.counters());
+        }
+        Ok(counters)
+    }
+
+    /// When the governor is to look; `None` while there is nothing to.
+    fn next_look(&self) -> Option<Instant> {
+        let (_, interval_ms) = self.created.as_ref()?.governed()?;
+        Some(self.control.due(interval_ms))
+    }
+
+    /// Has the governor look, if it is time, and does what it says.
+    fn govern(&mut self) {
+        if self.next_look().is_none_or(|due| due > Instant::now()) {
+            return;
+        }
+        let Some(created) = &self.created else {
+            return;
+        };
+        let Some((driven, _)) = created.governed() else {
+            return;
+        };
+        let Some(step) = self.control.look(driven) else {
+            return;
+        };
+        if let Err(error) = created.carry_out(&step) {
+            tracing::error!(%error, ?step, "a step of the overcommit policy could not be taken");
+            return;
+        }
+        let (from, to) = (step.from.to_string(), step.to.to_string());
+        let mut properties = vec![
+            ("id", step.id.as_str()),
+            ("action", step.action()),
+            ("reason", step.reason.name()),
+            ("from", &from),
+            ("to", &to),
+        ];
+        let rest = step.rest_ms.map(|ms| (ms / 1000).to_string());
+        properties.extend(
+            rest.iter()
+                .map(|seconds| ("rest_seconds", seconds.as_str())),
+        );
+        self.emit("vm", "overcommit-action", &properties);
+    }
+
     fn tell_removed(&self, removed: Vec<Removed>) {
         self.publish();
         for device in removed {
@@ -436,6 +501,7 @@ impl Vmm {
     }
 
     fn expire(&mut self) {
+        self.govern();
         let Some(created) = &mut self.created else {
             return;
         };

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use ::devices::balloon::BalloonConfig;
 use ::devices::block::DiskConfig;
-use ::vmm::config::{VmConfig, VmResize};
+use ::vmm::config::{OvercommitConfig, VmConfig, VmResize};
 
 use super::*;
 use crate::body;
@@ -54,7 +54,7 @@ fn the_committed_documents_are_what_the_code_says() {
 fn every_operation_has_an_id_a_tag_a_description_and_one_success() {
     let document = document();
     let operations = operations(&document);
-    assert_eq!(operations.len(), 24);
+    assert_eq!(operations.len(), 25);
     let mut ids = std::collections::BTreeSet::new();
     for (path, _, operation) in operations {
         let id = operation["operationId"].as_str().expect(path);
@@ -185,6 +185,10 @@ fn every_example_of_a_request_passes_the_real_parser() {
                 }
                 "/vm.resize" => {
                     body::parse::<VmResize>(&bytes).unwrap();
+                }
+                "/vm.set-overcommit" => {
+                    let config: OvercommitConfig = body::parse(&bytes).unwrap();
+                    config.validate(1 << 30).unwrap();
                 }
                 other => panic!("{other} has a body that this test does not know"),
             }

@@ -25,8 +25,12 @@ pub struct ResizeBalloon {
     /// The device's id.
     id: String,
     /// Bytes to ask of the guest: a multiple of 4096; with those of the other balloons less than
-    /// its RAM.
+    /// its RAM, and less than what it is not guaranteed (`overcommit.guaranteed_size`).
     desired_size: u64,
+    /// Go below what the guest is guaranteed, this time. Not for the balloon that
+    /// `overcommit.mode` auto drives.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    floor_override: bool,
 }
 
 /// Add a balloon
@@ -65,11 +69,12 @@ pub async fn add(
 )]
 pub async fn resize(
     State(handle): State<Handle>,
-    Body(ResizeBalloon { id, desired_size }): Body<ResizeBalloon>,
+    Body(asked): Body<ResizeBalloon>,
 ) -> Result<StatusCode, ApiError> {
     order(&handle, |reply| Command::ResizeBalloon {
-        id,
-        desired_size,
+        id: asked.id,
+        desired_size: asked.desired_size,
+        floor_override: asked.floor_override,
         reply,
     })
     .await

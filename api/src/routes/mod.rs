@@ -48,6 +48,7 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.add-disk", put(devices::add_disk))
         .route("/vm.remove-device", put(devices::remove))
         .route("/vm.resize", put(vm::resize))
+        .route("/vm.set-overcommit", put(vm::set_overcommit))
         .route("/vm.add-balloon", put(balloons::add))
         .route("/vm.resize-balloon", put(balloons::resize))
         .route("/vm.balloons", get(balloons::list))

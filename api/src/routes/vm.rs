@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use vmm::command::Command;
-use vmm::config::{VmConfig, VmResize};
+use vmm::config::{OvercommitConfig, VmConfig, VmResize};
 use vmm::status::{VmCounters, VmInfo};
 use vmm::{Error, Handle};
 
@@ -133,6 +133,30 @@ pub async fn resize(
     Body(desired): Body<VmResize>,
 ) -> Result<StatusCode, ApiError> {
     order(&handle, |reply| Command::Resize { desired, reply }).await
+}
+
+/// Change what the VM is guaranteed and who decides over the rest
+///
+/// The whole policy is replaced; what is left out has its default. In mode auto the governor drives
+/// the first balloon, from now on or from when there is one; each of its steps is an event
+/// `overcommit-action` with its reason. In mode off the balloon stays where it is. A guarantee that
+/// the other balloons' targets already break is refused.
+#[utoipa::path(
+    put, path = "/vm.set-overcommit", operation_id = "setOvercommit", tag = "vm",
+    request_body(
+        content = OvercommitConfig, description = "The policy.",
+        example = json!({
+            "mode": "auto", "guaranteed_size": 167772160, "max_size": 536870912, "weight": 200
+        }),
+    ),
+    responses((status = 204, description = "The policy holds.")),
+)]
+pub async fn set_overcommit(
+    State(handle): State<Handle>,
+    Body(config): Body<OvercommitConfig>,
+) -> Result<StatusCode, ApiError> {
+    let config = Box::new(config);
+    order(&handle, |reply| Command::SetOvercommit { config, reply }).await
 }
 
 /// Pull the plug

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::Schema;
 use utoipa::{PartialSchema, ToSchema};
-use vmm::config::{VmConfig, VmResize};
+use vmm::config::{OvercommitConfig, VmConfig, VmResize};
 
 /// What a body is read as.
 fn all_types(bytes: &[u8]) {
@@ -32,6 +32,9 @@ fn all_types(bytes: &[u8]) {
     round_trip(bytes, |_: &RemoveDevice| true);
     round_trip(bytes, |_: &ResizeBalloon| true);
     round_trip(bytes, |_: &VmResize| true);
+    round_trip(bytes, |config: &OvercommitConfig| {
+        config.validate(1 << 30).is_ok()
+    });
 }
 
 fn round_trip<T>(bytes: &[u8], valid: impl Fn(&T) -> bool)

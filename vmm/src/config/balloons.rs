@@ -88,6 +88,14 @@ impl VmConfig {
                         .to_owned(),
                 );
             }
+            let first = field == "balloon" || self.balloon.is_none() && field == "balloons[0]";
+            if first && self.governed() && self.memory.prefault && !balloon.inflate_prefaulted {
+                return Err(Invalid::new(
+                    format!("{field}.inflate_prefaulted"),
+                    "`memory.prefault` fills memory and `overcommit.mode` auto empties it; set \
+                     this if both are meant",
+                ));
+            }
             if balloon.free_page_reporting {
                 if let Some(other) = reporter {
                     return Err(Invalid::new(

@@ -203,6 +203,30 @@ impl VmConfig {
         }
     }
 
+    /// Whether the governor drives the first balloon, or will.
+    pub fn governed(&self) -> bool {
+        let overcommit = self.overcommit.as_ref();
+        overcommit.is_some_and(|overcommit| overcommit.mode == OvercommitMode::Auto)
+    }
+
+    /// Checks the policy against the rest of the configuration.
+    pub(super) fn validate_overcommit(&self) -> Result<(), Invalid> {
+        let Some(overcommit) = &self.overcommit else {
+            return Ok(());
+        };
+        overcommit
+            .validate(self.memory.size)
+            .map_err(|e| e.within("overcommit"))?;
+        if self.governed() && self.memory.hugepages {
+            return Err(Invalid::new(
+                "overcommit.mode",
+                "auto has nothing to gain with `memory.hugepages`: guests give pages of 4 KiB, \
+                 and only whole huge pages can be given back to the host",
+            ));
+        }
+        Ok(())
+    }
+
     /// Bytes all balloons together ask for.
     pub fn balloon_bytes(&self) -> u64 {
         let sizes = self.all_balloons().map(|(_, _, balloon)| balloon.size);

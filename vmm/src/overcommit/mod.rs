@@ -6,10 +6,13 @@
 //! Everything is parsed by pure functions over text of bounded length.
 
 pub mod cgroup;
+pub mod control;
 pub mod cost;
 pub mod files;
+pub mod governor;
 pub mod ksm;
 pub mod pressure;
+pub mod psi;
 pub mod reading;
 pub mod view;
 

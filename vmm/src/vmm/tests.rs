@@ -70,8 +70,8 @@ fn vmm(code: &[u8], exit_on_power_off: bool) -> Option<Tested> {
     let events = Events::new(Instant::now());
     let listener = events.subscribe();
     let options = Options {
-        seccomp: SeccompMode::default(),
         exit_on_power_off,
+        ..Options::default()
     };
     Some(Tested {
         handle: start(options, events).unwrap(),

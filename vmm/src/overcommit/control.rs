@@ -1,0 +1,259 @@
+//! Between the governor and the world: gathers a [`Reading`], asks [`governor::decide`], counts
+//! what it said. Owned by the VMM thread, which looks when it is time and does what comes of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use devices::balloon::{Balloon, Sample};
+
+use super::Coordinator;
+use super::governor::{self, Reason, State};
+use super::psi::Sources;
+use super::reading::{BalloonReading, GuestReading, Limits, Neighbours, Own, Reading};
+
+/// The name of the governor's counters among those of the devices.
+pub const COUNTERS_ID: &str = "__overcommit";
+
+/// The governor with all it needs.
+pub struct Control {
+    sources: Sources,
+    coordinator: Box<dyn Coordinator>,
+    epoch: Instant,
+    looked: Option<Instant>,
+    /// The balloon it drives, while it drives one.
+    driven: Option<String>,
+    state: State,
+    last: Option<Reason>,
+    /// The guest has been asked for statistics and neither it nor the time has answered.
+    asking: Arc<AtomicBool>,
+    counters: Counters,
+}
+
+/// Totals since the VM was booted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counters {
+    looks: u64,
+    inflate_steps: u64,
+    deflate_steps: u64,
+    inflated_bytes: u64,
+    deflated_bytes: u64,
+    stalls: u64,
+    distress_releases: u64,
+    held_for_statistics: u64,
+    held_for_reserve: u64,
+}
+
+/// The balloon to drive, with what the configuration says of the VM.
+#[derive(Clone, Copy)]
+pub struct Driven<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// The device.
+    pub balloon: &'a Balloon,
+    /// The limits.
+    pub limits: Limits,
+}
+
+/// What is to be done, and told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The balloon's id.
+    pub id: String,
+    /// Bytes it asked for so far.
+    pub from: u64,
+    /// Bytes it is to ask for.
+    pub to: u64,
+    /// Why.
+    pub reason: Reason,
+    /// How long nothing will be taken, if trouble has just begun.
+    pub rest_ms: Option<u64>,
+}
+
+impl Step {
+    /// What it is called in events.
+    pub fn action(&self) -> &'static str {
+        match self.to.cmp(&self.from) {
+            std::cmp::Ordering::Greater => "inflate",
+            std::cmp::Ordering::Less => "deflate",
+            std::cmp::Ordering::Equal => "hold",
+        }
+    }
+}
+
+impl Control {
+    /// A governor that reads these files and knows the others by `coordinator`.
+    pub fn new(sources: Sources, coordinator: Box<dyn Coordinator>) -> Self {
+        Self {
+            sources,
+            coordinator,
+            epoch: Instant::now(),
+            looked: None,
+            driven: None,
+            state: State::default(),
+            last: None,
+            asking: Arc::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The VM is a new machine: forgets what it knew of the last.
+    pub fn restart(&mut self) {
+        self.looked = None;
+        self.driven = None;
+        self.state = State::default();
+        self.last = None;
+        self.asking = Arc::default();
+        self.counters = Counters::default();
+    }
+
+    /// When to look next, where it is done every `interval_ms`.
+    pub fn due(&self, interval_ms: u32) -> Instant {
+        let interval = Duration::from_millis(interval_ms.into());
+        self.looked.map_or(self.epoch, |looked| looked + interval)
+    }
+
+    /// Looks, and decides.
+    pub fn look(&mut self, driven: Driven<'_>) -> Option<Step> {
+        let now = Instant::now();
+        self.looked = Some(now);
+        let elapsed = now.saturating_duration_since(self.epoch).as_millis();
+        let now_ms = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        if self.driven.as_deref() != Some(driven.id) {
+            // What was known is of another balloon; that its guest had trouble still holds.
+            self.driven = Some(driven.id.to_owned());
+            self.asking = Arc::default();
+        }
+        let mut reading = Reading {
+            now_ms,
+            limits: driven.limits,
+            balloon: BalloonReading::default(),
+            guest: None,
+            host: self.sources.read(now_ms),
+            neighbours: Neighbours::default(),
+        };
+        (reading.balloon, reading.guest) = view(&driven, now_ms);
+        let state = self.state;
+        let mut decided = None;
+        self.coordinator.exchange(&mut |neighbours| {
+            reading.neighbours = *neighbours;
+            let (decision, next) = governor::decide(&reading, &state);
+            decided = Some((decision, next));
+            decision.own
+        });
+        self.ask(driven.balloon);
+        let (decision, next) = decided?;
+        self.state = next;
+        self.last = Some(decision.reason);
+        let step = Step {
+            id: driven.id.to_owned(),
+            from: reading.balloon.target,
+            to: decision.target,
+            reason: decision.trouble.unwrap_or(decision.reason),
+            rest_ms: decision.trouble.and(next.back_off_ms(now_ms)),
+        };
+        self.count(&step, &decision);
+        (step.from != step.to || decision.trouble.is_some()).then_some(step)
+    }
+
+    /// Tells the others that this VM takes part no more: it is off, or drives no balloon.
+    pub fn rest(&mut self) {
+        self.coordinator.exchange(&mut |_| Own::default());
+    }
+
+    /// Why the last look ended as it did; `None` before the first.
+    pub fn last(&self) -> Option<Reason> {
+        self.last
+    }
+
+    /// What it remembers, for who shows it.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The totals, by name.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let counters = &self.counters;
+        [
+            ("looks", counters.looks),
+            ("inflate_steps", counters.inflate_steps),
+            ("deflate_steps", counters.deflate_steps),
+            ("inflated_bytes", counters.inflated_bytes),
+            ("deflated_bytes", counters.deflated_bytes),
+            ("stalls", counters.stalls),
+            ("distress_releases", counters.distress_releases),
+            ("held_for_statistics", counters.held_for_statistics),
+            ("held_for_reserve", counters.held_for_reserve),
+        ]
+        .into_iter()
+        .map(|(name, total)| (name.to_owned(), total))
+        .collect()
+    }
+
+    /// Has the guest asked for statistics, for the next look.
+    fn ask(&self, balloon: &Balloon) {
+        if self.asking.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let asking = Asking(self.asking.clone());
+        balloon.ask_for_statistics(Box::new(move |_| drop(asking)));
+    }
+
+    fn count(&mut self, step: &Step, decision: &governor::Decision) {
+        let counters = &mut self.counters;
+        counters.looks += 1;
+        if step.to > step.from {
+            counters.inflate_steps += 1;
+            counters.inflated_bytes += step.to - step.from;
+        } else if step.to < step.from {
+            counters.deflate_steps += 1;
+            counters.deflated_bytes += step.from - step.to;
+        }
+        match decision.trouble {
+            Some(Reason::Distress) => counters.distress_releases += 1,
+            Some(_) => counters.stalls += 1,
+            None => {}
+        }
+        match decision.reason {
+            Reason::NoStatistics if step.to == step.from => counters.held_for_statistics += 1,
+            Reason::Reserve => counters.held_for_reserve += 1,
+            _ => {}
+        }
+    }
+}
+
+/// Lets the next question be asked when this one is answered, or can't be any more.
+struct Asking(Arc<AtomicBool>);
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+/// The balloon and its guest as they are now.
+fn view(driven: &Driven<'_>, now_ms: u64) -> (BalloonReading, Option<GuestReading>) {
+    let info = driven.balloon.viewer().info(driven.id);
+    let balloon = BalloonReading {
+        target: info.target,
+        actual: info.actual,
+        driver: info.driver,
+    };
+    let sample = |name: &str| info.statistics.get(name).copied();
+    let value = |name: &str| sample(name).map_or(0, |sample: Sample| sample.value);
+    // Before Linux 4.6 there was but the memory that nothing uses.
+    let available = sample("available_memory").or_else(|| sample("free_memory"));
+    let guest = available.map(|available| GuestReading {
+        at_ms: now_ms.saturating_sub(available.age_ms),
+        available: available.value,
+        oom_kills: value("oom_kills"),
+        alloc_stalls: value("alloc_stalls"),
+        direct_reclaims: value("direct_reclaims"),
+        major_faults: value("major_faults"),
+    });
+    (balloon, guest)
+}
+
+#[cfg(test)]
+mod tests;
