@@ -1,9 +1,9 @@
 //! Giving pages of guest RAM back to the host; afterwards they read as zeroes.
 //!
-//! Private memory is dropped by `madvise(MADV_DONTNEED)`; many ranges at once by
-//! `process_madvise` on ourselves, where the kernel can (Linux 6.13 on). That frees nothing of
-//! shared memory, whose pages belong to the file: there it is MADV_REMOVE, which punches a hole
-//! into the file and, unlike `fallocate`, tells a userfaultfd of it. Neither takes the mmap lock
+//! Private memory is dropped by `madvise(MADV_DONTNEED)`. That frees nothing of shared memory,
+//! whose pages belong to the file: there it is MADV_REMOVE, which punches a hole into the file
+//! and, unlike `fallocate`, tells a userfaultfd of it. Many ranges go at once, by
+//! `process_madvise` on ourselves, where the kernel can (Linux 6.13 on). Neither takes the mmap lock
 //! for writing, splits a mapping or needs another descriptor. Huge pages of hugetlb come and go
 //! whole: what covers one in part is left alone, and counted.
 #![expect(
@@ -38,6 +38,11 @@ pub const SYSCALLS: &[Allow] = &[
     allow!(
         process_madvise,
         3 => Test::Is(libc::MADV_DONTNEED as u32),
+        4 => Test::Is(0),
+    ),
+    allow!(
+        process_madvise,
+        3 => Test::Is(libc::MADV_REMOVE as u32),
         4 => Test::Is(0),
     ),
 ];
@@ -83,12 +88,12 @@ impl Batching {
             base: trial.as_ptr() as usize,
             len: page,
         };
-        let done = batching.drop_pages(&[piece]).ok();
+        let done = batching.advise(&[piece], Advice::LinuxDontNeed).ok();
         (done == Some(page)).then_some(batching)
     }
 
-    /// Drops private pages; says how many bytes were dropped before something was in the way.
-    fn drop_pages(&self, pieces: &[Piece]) -> io::Result<usize> {
+    /// Discards pieces; says how many bytes were discarded before something was in the way.
+    fn advise(&self, pieces: &[Piece], advice: Advice) -> io::Result<usize> {
         // SAFETY: the pieces lie in guest RAM (or in the page of the probe), which is alive, and
         // whose contents nobody counts on but the guest, who has given these pages up. `Piece`
         // has the layout of `struct iovec`.
@@ -98,7 +103,7 @@ impl Batching {
                 self.0.as_raw_fd(),
                 pieces.as_ptr(),
                 pieces.len(),
-                libc::MADV_DONTNEED,
+                advice as i32,
                 0,
             )
         };
@@ -206,20 +211,20 @@ impl Discarder {
                 return outcome;
             }
         };
-        let private = std::mem::take(&mut self.private);
-        let mut rest = &private[..];
-        if let Some(batching) = &self.batching
-            && rest.len() > 1
-        {
-            rest = drop_batches(batching, rest, &mut outcome);
-        }
-        for piece in rest {
-            advise(*piece, Advice::LinuxDontNeed, &mut outcome);
-        }
-        self.private = private;
-        self.private.clear();
-        for piece in self.shared.drain(..) {
-            advise(piece, Advice::LinuxRemove, &mut outcome);
+        for (pieces, advice) in [
+            (&mut self.private, Advice::LinuxDontNeed),
+            (&mut self.shared, Advice::LinuxRemove),
+        ] {
+            let mut rest = &pieces[..];
+            if let Some(batching) = &self.batching
+                && rest.len() > 1
+            {
+                rest = advise_batches(batching, rest, advice, &mut outcome);
+            }
+            for piece in rest {
+                advise(*piece, advice, &mut outcome);
+            }
+            pieces.clear();
         }
         outcome
     }
@@ -267,16 +272,17 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
     start..a.end.min(b.end).max(start)
 }
 
-/// Drops `pieces` in batches; gives back those at which it had to end, for lack of a way around.
-fn drop_batches<'a>(
+/// Discards `pieces` in batches; gives back those at which it had to end, for lack of a way around.
+fn advise_batches<'a>(
     batching: &Batching,
     mut pieces: &'a [Piece],
+    advice: Advice,
     outcome: &mut Discarded,
 ) -> &'a [Piece] {
     while !pieces.is_empty() {
         let batch = &pieces[..pieces.len().min(BATCH)];
         outcome.calls += 1;
-        let Ok(mut done) = batching.drop_pages(batch) else {
+        let Ok(mut done) = batching.advise(batch, advice) else {
             // Nothing was done: the first piece is the trouble, and one by one it is told apart
             // from the rest.
             return pieces;

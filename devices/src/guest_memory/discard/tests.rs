@@ -127,12 +127,14 @@ fn what_is_not_ram_is_left_out_and_counted() {
 #[test]
 fn shared_memory_is_freed_in_the_file_as_well() {
     for batching in ways() {
+        let batched = batching.is_some();
         let (ram, file) = shared();
         fill(&ram);
         assert_eq!(file.metadata().unwrap().blocks() * 512, SIZE);
         let mut discarder = Discarder::new(&ram, batching, Inhibitor::default()).unwrap();
         let outcome = discarder.discard(&[PAGE..3 * PAGE, SEAM..SIZE]);
         assert_eq!(outcome.bytes, 2 * PAGE + SEAM);
+        assert_eq!(outcome.calls, if batched { 1 } else { 2 });
         assert_eq!(file.metadata().unwrap().blocks() * 512, SEAM - 2 * PAGE);
         assert_eq!(zeroed(&ram).len() as u64, outcome.bytes / PAGE);
     }
