@@ -20,7 +20,7 @@ const RAM_BYTES: u64 = 256 << 20;
 /// Only the kernel's notices go to the serial line: enough to see the first output, not enough to
 /// measure the serial port. (With XSAVE, the lab's processor model makes the kernel print a long
 /// warning.)
-const CMDLINE: &str = "console=ttyS0 loglevel=6 noxsave panic=-1 mitigations=off";
+pub const CMDLINE: &str = "console=ttyS0 loglevel=6 noxsave panic=-1 mitigations=off";
 
 /// One boot: as seen from outside, and by the guest's own clock.
 struct Boot {
@@ -211,7 +211,7 @@ fn boot_qemu(qemu: &Path, options: &Options, boots: &mut Boots) {
 }
 
 /// A child process that ends with its value.
-struct Killed(Child);
+pub struct Killed(pub Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {

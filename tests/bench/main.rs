@@ -1,5 +1,5 @@
 //! Takes the figures that `scripts/bench` shows, and prints them as a Markdown table:
-//! `figures host|guest|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`.
+//! `figures host|guest|inflate|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`.
 //!
 //! Each is the median of ten runs, with the least and the most in parentheses. MB are 10⁶ bytes.
 
@@ -8,6 +8,7 @@ use std::path::PathBuf;
 mod density;
 mod guest;
 mod host;
+mod inflate;
 mod memory;
 mod table;
 
@@ -53,6 +54,7 @@ fn main() {
     let rows = match what.as_str() {
         "host" => host::measure(&options),
         "guest" => guest::measure(&options),
+        "inflate" => inflate::measure(&options),
         "density" => {
             print!("{}", density::measure(&options));
             return;

@@ -18,6 +18,11 @@ impl Samples {
         self.push(time.as_secs_f64() * 1e3);
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The middle one.
     pub fn median(&self) -> f64 {
         let mut sorted = self.0.clone();

@@ -149,3 +149,53 @@ fn a_device_that_is_pulled_out_while_it_works_is_gone() {
     drop(rig.balloon);
     assert!(eventually(|| weak.strong_count() == 0));
 }
+
+#[test]
+fn drivers_that_do_nothing_lie_or_send_rubbish_are_shown_as_stalled() {
+    let beyond = (MEMORY as u64 / PAGE) as u32;
+    let first = (FREE / PAGE) as u32;
+    type Deed<'a> = &'a dyn Fn(&mut Rig);
+    let drivers: [(&str, Deed, u64); 6] = [
+        ("does nothing", &|_| {}, 0),
+        (
+            "gives less than nothing",
+            &|rig| rig.say_actual(u32::MAX),
+            0,
+        ),
+        (
+            "goes to and fro",
+            &|rig| (1..100).for_each(|n| rig.say_actual(n % 2)),
+            0,
+        ),
+        (
+            "gives what is not there",
+            &|rig| rig.send(INFLATE, &[beyond, beyond + 9, u32::MAX]),
+            0,
+        ),
+        (
+            "gives one page for many",
+            &|rig| rig.send(INFLATE, &[first; 100]),
+            PAGE,
+        ),
+        (
+            "takes what it never gave",
+            &|rig| rig.send(DEFLATE, &[first, beyond, u32::MAX]),
+            0,
+        ),
+    ];
+    let rigs = drivers.map(|(name, deed, given)| {
+        let mut rig = Rig::started(MUST_TELL_HOST | STATS_VQ);
+        rig.fill();
+        rig.balloon.set_target(100 * PAGE);
+        deed(&mut rig);
+        (name, rig, given)
+    });
+    for (name, mut rig, given) in rigs {
+        while rig.news().0 != BalloonNews::Stalled {}
+        let info = rig.info();
+        assert_eq!(info.state, State::Stalled, "{name}");
+        assert_eq!((info.inflated, info.pending), (given, 0), "{name}");
+        assert_eq!(info.target, 100 * PAGE, "{name}");
+        rig.assert_well();
+    }
+}
