@@ -17,14 +17,15 @@ use crate::vm::Vm;
 const MIB: u64 = 1 << 20;
 
 /// A VM in a cgroup of its own.
-struct Charged {
+pub struct Charged {
     // Goes first, so that the group is empty when it is removed.
     vm: Option<Vm>,
     group: PathBuf,
 }
 
 impl Charged {
-    fn boot(change: impl FnOnce(&mut Value)) -> Self {
+    /// Boots it; returns when the guest's agent listens.
+    pub fn boot(change: impl FnOnce(&mut Value)) -> Self {
         let root = PathBuf::from("/sys/fs/cgroup");
         // Where it is switched on already, writing it again does nothing.
         let _ = fs::write(root.join("cgroup.subtree_control"), "+memory");
@@ -49,12 +50,13 @@ impl Charged {
         }
     }
 
-    fn vm(&mut self) -> &mut Vm {
+    /// The VM.
+    pub fn vm(&mut self) -> &mut Vm {
         self.vm.as_mut().expect("it runs")
     }
 
     /// Bytes charged to the VM.
-    fn cost(&self) -> u64 {
+    pub fn cost(&self) -> u64 {
         let current = fs::read_to_string(self.group.join("memory.current"));
         let current = current.expect("the memory controller");
         current.trim().parse().expect("a number")

@@ -107,3 +107,22 @@ impl Events {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_counted_by_source_and_name_whether_or_not_somebody_listens() {
+        let events = Events::new(Instant::now());
+        events.emit("vm", "booted", &[]);
+        let mut listener = events.subscribe();
+        events.emit("vm", "booted", &[("a", "b")]);
+        events.emit("vmm", "booted", &[]);
+        let counts = events.clone().counts();
+        assert_eq!(counts[&("vm", "booted")], 2);
+        assert_eq!(counts[&("vmm", "booted")], 1);
+        assert_eq!(counts.len(), 2);
+        assert!(listener.try_recv().is_ok());
+    }
+}

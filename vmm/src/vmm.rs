@@ -24,7 +24,7 @@ use crate::event::Events;
 use crate::overcommit::Alone;
 use crate::overcommit::control::{COUNTERS_ID, Control};
 use crate::overcommit::psi::{self, Sources};
-use crate::overcommit::view::Observer;
+use crate::overcommit::view::{Governor, Observer};
 use crate::state::{State, Verb, check};
 use crate::status::{BalloonStats, PciDeviceInfo, VmCounters};
 use crate::syscalls;
@@ -215,12 +215,19 @@ impl Vmm {
             Command::BalloonStats { reply } => self.balloon_stats(reply),
             Command::Overcommit { reply } => {
                 let created = self.created.as_ref().ok_or(Error::NotCreated);
-                let view = created.map(|c| Box::new(c.overcommit(&mut self.observer)));
+                let mut view = created.map(|c| Box::new(c.overcommit(&mut self.observer)));
+                if let Ok(view) = &mut view {
+                    view.governor = self.governor();
+                }
                 self.answer(reply, view);
             }
             Command::Observe { reply } => {
                 let created = self.created.as_ref();
-                let seen = created.map(|c| Box::new(c.observe(&mut self.observer)));
+                let mut seen = created.map(|c| Box::new(c.observe(&mut self.observer)));
+                if let Some(seen) = &mut seen {
+                    seen.view.governor = self.governor();
+                    seen.counters = self.counters().unwrap_or_default();
+                }
                 self.answer(reply, Ok(seen));
             }
             Command::VmmShutdown { reply } => {
@@ -398,6 +405,12 @@ impl Vmm {
             counters.insert(COUNTERS_ID.to_owned(), self.control.counters());
         }
         Ok(counters)
+    }
+
+    /// What the governor last found, where it drives a balloon.
+    fn governor(&self) -> Option<Governor> {
+        self.created.as_ref()?.governed()?;
+        self.control.shown()
     }
 
     /// When the governor is to look; `None` while there is nothing to.

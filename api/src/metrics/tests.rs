@@ -6,7 +6,7 @@ use ::vmm::overcommit::cost::{Cost, Source};
 use ::vmm::overcommit::ksm::KsmGain;
 use ::vmm::overcommit::pressure::{Pressure, Stall};
 use ::vmm::overcommit::view::{
-    BalloonTotals, HugePages, PressureReading, Resources, VcpuTime, View,
+    BalloonTotals, Governor, HugePages, PressureReading, Resources, VcpuTime, View,
 };
 use ::vmm::state::State;
 use prometheus_parse::Value;
@@ -57,6 +57,13 @@ fn observation() -> Observation {
         state: State::Paused,
         view: View {
             mode: OvercommitMode::Auto,
+            governor: Some(Governor {
+                balloon: "__balloon".to_owned(),
+                host: "pressure",
+                reason: "host-pressure",
+                back_off_ms: Some(1500),
+                age_ms: 0,
+            }),
             promised: 512 << 20,
             guaranteed: 160 << 20,
             cost: Some(Cost {
@@ -195,6 +202,12 @@ fn an_independent_parser_reads_what_was_counted() {
             &[],
             Value::Gauge(550.0),
         ),
+        (
+            "ballast_governor_host",
+            &[("level", "pressure")],
+            Value::Gauge(1.0),
+        ),
+        ("ballast_governor_back_off_seconds", &[], Value::Gauge(1.5)),
         ("ballast_ksm_merged_pages", &[], Value::Gauge(5.0)),
         ("ballast_ksm_net_profit_bytes", &[], Value::Gauge(-64.0)),
         (

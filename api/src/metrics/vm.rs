@@ -2,7 +2,7 @@
 
 use devices::balloon::{BalloonInfo, State as BalloonState};
 use vmm::overcommit::cost::{Cost, Source};
-use vmm::overcommit::view::{Resources, View};
+use vmm::overcommit::view::{Governor, Resources, View};
 use vmm::state::State;
 use vmm::status::{Observation, VmCounters};
 
@@ -22,6 +22,9 @@ pub(super) fn add(page: &mut Page, observation: &Observation) {
     );
     let view = &observation.view;
     promises(page, view);
+    if let Some(found) = &view.governor {
+        governor(page, found);
+    }
     if let Some(cost) = &view.cost {
         memory(page, cost);
     }
@@ -47,6 +50,24 @@ fn promises(page: &mut Page, view: &View) {
         "memory_huge_pages_lost_bytes",
         "Memory that could be in transparent huge pages and is not; the most that was lost.",
         view.huge_pages.lost,
+    );
+}
+
+fn governor(page: &mut Page, governor: &Governor) {
+    page.family(
+        "governor_host",
+        "How the governor found the host: 1 for the level it is at.",
+        Kind::Gauge,
+        ["ease", "pressure", "critical"].map(|level| {
+            let is = u8::from(level == governor.host);
+            (vec![("level", level.to_owned())], is.into())
+        }),
+    );
+    page.one(
+        "governor_back_off_seconds",
+        "How long the governor will take nothing, because of trouble.",
+        &[],
+        governor.back_off_ms.unwrap_or(0) as f64 / 1e3,
     );
 }
 
@@ -251,7 +272,7 @@ fn devices(page: &mut Page, counters: &VmCounters) {
     };
     page.family(
         "device_counter_total",
-        "Totals of each device since it was plugged, by their names in vm.counters.",
+        "Totals of each device since it was plugged, and of the governor (`__overcommit`), by their names in vm.counters.",
         Kind::Counter,
         all()
             .filter(|(_, name, _)| !is_latency(name))

@@ -96,3 +96,33 @@ pub async fn metrics(
     let text = HeaderValue::from_static(metrics::CONTENT_TYPE);
     Ok(([(header::CONTENT_TYPE, text)], page).into_response())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use http_body_util::BodyExt;
+    use vmm::command::channel;
+    use vmm::event::Events;
+
+    use super::*;
+
+    #[test]
+    fn a_vmm_thread_that_does_not_answer_is_not_waited_for_for_ever() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let (handle, endpoint) = channel(Events::new(Instant::now()));
+        endpoint.events.emit("vm", "booting", &[]);
+        let text = runtime.block_on(async {
+            let answer = metrics(State(handle), Extension(Requests::default())).await;
+            let body = answer.unwrap().into_body().collect().await.unwrap();
+            String::from_utf8(body.to_bytes().to_vec()).unwrap()
+        });
+        assert!(text.contains("\nballast_vmm_answered 0\n"), "{text}");
+        assert!(text.contains("event=\"booting\""), "{text}");
+        assert!(!text.contains("ballast_memory"), "{text}");
+        drop(endpoint);
+    }
+}

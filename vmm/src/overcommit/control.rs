@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use devices::balloon::{Balloon, Sample};
 
 use super::Coordinator;
-use super::governor::{self, Reason, State};
+use super::governor::{self, Level, Reason, State};
 use super::psi::Sources;
 use super::reading::{BalloonReading, GuestReading, Limits, Neighbours, Own, Reading};
+use super::view::Governor;
 
 /// The name of the governor's counters among those of the devices.
 pub const COUNTERS_ID: &str = "__overcommit";
@@ -160,6 +161,23 @@ impl Control {
     /// Tells the others that this VM takes part no more: it is off, or drives no balloon.
     pub fn rest(&mut self) {
         self.coordinator.exchange(&mut |_| Own::default());
+    }
+
+    /// What the last look found; `None` before the first and while it drives no balloon.
+    pub fn shown(&self) -> Option<Governor> {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let looked = self.looked?;
+        Some(Governor {
+            balloon: self.driven.clone()?,
+            host: match self.state.level() {
+                Level::Ease => "ease",
+                Level::Pressure => "pressure",
+                Level::Critical => "critical",
+            },
+            reason: self.last?.name(),
+            back_off_ms: self.state.back_off_ms(milliseconds(self.epoch.elapsed())),
+            age_ms: milliseconds(looked.elapsed()),
+        })
     }
 
     /// Why the last look ended as it did; `None` before the first.

@@ -23,6 +23,9 @@ use crate::config::{OvercommitMode, VmConfig};
 pub struct View {
     /// Who decides how large the first balloon is.
     pub mode: OvercommitMode,
+    /// What the governor last found. Absent where it drives no balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub governor: Option<Governor>,
     /// Bytes of RAM the guest was promised.
     pub promised: u64,
     /// Bytes the host must have for it whatever happens: what the configuration guarantees, or all
@@ -44,6 +47,24 @@ pub struct View {
     pub vcpus: Vec<VcpuTime>,
     /// How long tasks stood still for want of something.
     pub pressure: PressureReading,
+}
+
+/// What the governor last found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Governor {
+    /// The balloon it drives.
+    pub balloon: String,
+    /// How the host is: `ease`, `pressure` or `critical`.
+    #[schema(example = "ease")]
+    pub host: &'static str,
+    /// Why the target is what it is, as in the event `overcommit-action`.
+    #[schema(example = "steady")]
+    pub reason: &'static str,
+    /// How long nothing will be taken, because of trouble.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub back_off_ms: Option<u64>,
+    /// How long ago it looked.
+    pub age_ms: u64,
 }
 
 /// All balloons together.
@@ -237,6 +258,7 @@ impl Observer {
                 .overcommit
                 .as_ref()
                 .map_or(OvercommitMode::Off, |overcommit| overcommit.mode),
+            governor: None,
             promised: memory.size,
             guaranteed: subject.config.guaranteed_bytes(),
             balloons: BalloonTotals {
