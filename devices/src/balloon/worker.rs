@@ -78,7 +78,7 @@ pub struct BalloonHandler {
     watch: Watch,
     tick: Timer,
     patience: Timer,
-    /// Set while something waits to be discarded.
+    /// Set when something begins to wait to be discarded.
     flush: Timer,
     flush_set: bool,
     /// Who has asked for statistics and has no answer yet.
@@ -243,8 +243,8 @@ impl BalloonHandler {
             self.flush
                 .set(WAIT)
                 .map_err(|e| WorkerError::new("setting the timer of what waits", e))?;
+            self.flush_set = true;
         }
-        self.flush_set = waits;
         Ok(())
     }
 
