@@ -251,9 +251,7 @@ fn measure(memory: Memory, scattered: bool, busy: bool) {
 
 /// `cargo bench … -- shared` measures memory of that kind only.
 fn main() {
-    let only = std::env::args()
-        .skip(1)
-        .find(|word| !word.starts_with('-'));
+    let only = std::env::args().skip(1).find(|word| !word.starts_with('-'));
     println!(
         "| memory | pages | other thread | page by page, GiB/s | one request at a time | | 64 at a time | |"
     );

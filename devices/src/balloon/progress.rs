@@ -1,5 +1,6 @@
 //! Watching the guest on its way to the target, once a second and only while it is on its way, and
-//! telling of it: progress at most once a second, and where it ends.
+//! telling of it: progress at most once a second, and where it ends, which is also told at most
+//! once a second while the target is the same.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,6 +20,8 @@ pub struct Watch {
     announced: Option<u64>,
     /// Where the balloon stood when that was last told.
     told: Option<State>,
+    /// When it was last told that the present target is reached.
+    reached: Option<Instant>,
     /// When the balloon was looked at last, and its size then.
     seen: Option<(Instant, u64)>,
 }
@@ -32,6 +35,7 @@ impl Watch {
             shared,
             reporter,
             told: Some(State::Reached),
+            reached: None,
             seen: None,
         }
     }
@@ -44,6 +48,7 @@ impl Watch {
         }
         self.announced = target;
         self.told = None;
+        self.reached = None;
         true
     }
 
@@ -67,6 +72,15 @@ impl Watch {
             // Woken in between.
             return Some(left);
         }
+        if state == State::Reached
+            && self.told != Some(state)
+            && let Some(told) = self.reached
+            && let Some(left) = INTERVAL.checked_sub(now.saturating_duration_since(told))
+            && !left.is_zero()
+        {
+            // A guest that goes to and fro floods nobody.
+            return Some(left);
+        }
         let news = match state {
             State::Reached if self.told != Some(state) => Some(BalloonNews::Reached),
             State::Stalled if self.told != Some(state) => Some(BalloonNews::Stalled),
@@ -75,6 +89,9 @@ impl Watch {
             }
             _ => None,
         };
+        if news == Some(BalloonNews::Reached) {
+            self.reached = Some(now);
+        }
         self.told = Some(state);
         let rate = match (state, self.seen, since) {
             (State::InProgress, Some((_, before)), Some(since)) => {
