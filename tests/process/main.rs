@@ -16,6 +16,7 @@ mod bad_requests;
 mod hostile_clients;
 mod lifecycle;
 mod observe;
+mod overcommit;
 mod states;
 
 use serde_json::Value;

@@ -63,6 +63,11 @@ impl Drop for Tested {
 
 /// A VMM; `None` (and a remark) where there is no KVM.
 fn vmm(code: &[u8], exit_on_power_off: bool) -> Option<Tested> {
+    vmm_on(code, exit_on_power_off, psi::Paths::default())
+}
+
+/// The same on a host that tells by these files how it is.
+fn vmm_on(code: &[u8], exit_on_power_off: bool, host: psi::Paths) -> Option<Tested> {
     if !Path::new("/dev/kvm").exists() {
         eprintln!("SKIPPED: there is no /dev/kvm");
         return None;
@@ -71,6 +76,7 @@ fn vmm(code: &[u8], exit_on_power_off: bool) -> Option<Tested> {
     let listener = events.subscribe();
     let options = Options {
         exit_on_power_off,
+        host,
         ..Options::default()
     };
     Some(Tested {
@@ -390,4 +396,100 @@ fn an_id_that_vm_info_gives_to_another_devices_pci_function_is_taken() {
         let error = config(ids).validate().unwrap_err();
         assert!(matches!(&error, Error::DuplicateId { .. }), "{error}");
     }
+}
+
+impl Tested {
+    fn looks(&self) -> u64 {
+        let counters = self.ask(|reply| Command::Counters { reply }).unwrap();
+        counters[COUNTERS_ID]["looks"]
+    }
+
+    fn set_overcommit(&self, policy: serde_json::Value) -> Result<(), Error> {
+        let config = Box::new(serde_json::from_value(policy).unwrap());
+        self.ask(|reply| Command::SetOvercommit { config, reply })
+    }
+
+    fn target(&self) -> u64 {
+        let balloons = self.ask(|reply| Command::Balloons { reply }).unwrap();
+        balloons[0].target
+    }
+}
+
+#[test]
+fn the_governor_looks_while_the_vm_runs_and_keeps_the_guarantee_inside_the_filter() {
+    let files = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = files.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let psi = "some avg10=50.00 avg60=0.00 avg300=0.00 total=9\n";
+    let host = psi::Paths {
+        meminfo: file("meminfo", "MemTotal: 1048576 kB\nMemAvailable: 1024 kB\n"),
+        pressure: file("pressure", psi),
+        cgroup_pressure: Some(file("cgroup", psi)),
+    };
+    let Some(vmm) = vmm_on(SLEEP, false, host) else {
+        return;
+    };
+    const MIB: u64 = 1 << 20;
+    let mut config = vmm.config();
+    config.memory.size = 64 * MIB;
+    let balloons = json!([{"id": "b", "size": 16 * MIB}, {"id": "other", "size": 8 * MIB}]);
+    config.balloons = serde_json::from_value(balloons).unwrap();
+    let policy = json!({"mode": "auto", "guaranteed_size": 32 * MIB, "interval_ms": 100});
+    config.overcommit = serde_json::from_value(policy).unwrap();
+    vmm.create(config).unwrap();
+    vmm.ask(|reply| Command::Boot { reply }).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while vmm.looks() < 3 {
+        assert!(Instant::now() < deadline, "it does not look");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Without a driver nothing is taken, whatever the pressure.
+    assert_eq!(vmm.target(), 16 * MIB);
+    vmm.ask(|reply| Command::Pause { reply }).unwrap();
+    let paused = vmm.looks();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(vmm.looks(), paused);
+    vmm.ask(|reply| Command::Resume { reply }).unwrap();
+
+    // What the other takes, or a higher guarantee, the driven one gives up at once.
+    let resize = |id: &str, desired_size, floor_override| {
+        let id = id.to_owned();
+        vmm.ask(|reply| Command::ResizeBalloon {
+            id,
+            desired_size,
+            floor_override,
+            reply,
+        })
+    };
+    let raised = json!({"mode": "auto", "guaranteed_size": 44 * MIB});
+    vmm.set_overcommit(raised).unwrap();
+    assert_eq!(vmm.target(), 12 * MIB);
+    let error = resize("b", 20 * MIB, true).unwrap_err();
+    assert!(matches!(error, Error::Driven { .. }), "{error}");
+    let error = resize("other", 9 * MIB, false).unwrap_err();
+    assert!(matches!(error, Error::BelowFloor { .. }), "{error}");
+    let error = vmm
+        .set_overcommit(json!({"mode": "auto", "guaranteed_size": 60 * MIB}))
+        .unwrap_err();
+    assert!(matches!(error, Error::BelowFloor { .. }), "{error}");
+
+    // Off leaves it where it is, and says so.
+    vmm.set_overcommit(json!({"guaranteed_size": 44 * MIB}))
+        .unwrap();
+    let info = vmm.handle.status().unwrap();
+    assert_eq!(info.config.balloons[0].size, 12 * MIB);
+    assert_eq!(vmm.target(), 12 * MIB);
+    let idle = vmm.looks();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(vmm.looks(), idle);
+    // Now it can be overridden, stays, and what comes back may stay below.
+    resize("b", 20 * MIB, true).unwrap();
+    resize("b", 18 * MIB, false).unwrap();
+    resize("b", 19 * MIB, false).unwrap_err();
+    vmm.set_overcommit(json!({"guaranteed_size": 44 * MIB, "weight": 7}))
+        .unwrap();
+    assert_eq!(vmm.target(), 18 * MIB);
 }

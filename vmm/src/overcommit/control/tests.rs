@@ -1,1 +1,266 @@
+//! The governor over a real balloon, whose worker runs inside its real filter, with a driver in an
+//! in-memory guest; the host's pressure is what files in a folder say.
 
+use devices::balloon::BalloonConfig;
+use devices::config::BuildContext;
+use devices::event::Reporter;
+use devices::sandbox::SeccompMode;
+use devices::virtio::testing::{Buffer, TestDriver, TestGuest, VERSION_1, eventually};
+use tempfile::TempDir;
+
+use super::*;
+use crate::overcommit::Alone;
+use crate::overcommit::psi::Paths;
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+const RAM: u64 = 64 * MIB;
+/// Memory beyond what the driver's rings and buffers take.
+const FREE: u64 = 16 * MIB;
+const STATS_VQ: u64 = 1 << 1;
+const INFLATE: usize = 0;
+const DEFLATE: usize = 1;
+const STATS: usize = 2;
+
+/// A host as its files tell.
+struct Host(TempDir);
+
+impl Host {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    /// A host of 1 GiB.
+    fn say(&self, available: u64, psi: &str) {
+        let meminfo = format!(
+            "MemTotal: {} kB\nMemAvailable: {} kB\n",
+            1 << 20,
+            available >> 10
+        );
+        let line = |kind| format!("{kind} avg10={psi} avg60=0.00 avg300=0.00 total=0\n");
+        let pressure = line("some") + &line("full").replace(psi, "0.00");
+        for (name, text) in [("meminfo", meminfo), ("pressure", pressure)] {
+            std::fs::write(self.0.path().join(name), text).unwrap();
+        }
+    }
+
+    fn control(&self) -> Control {
+        let sources = Sources::open(&Paths {
+            meminfo: self.0.path().join("meminfo"),
+            pressure: self.0.path().join("pressure"),
+            cgroup_pressure: None,
+        });
+        Control::new(sources, Box::new(Alone))
+    }
+}
+
+/// A guest that uses 8 MiB and whose driver does what Linux's does.
+struct Guest {
+    driver: TestDriver,
+    memory: TestGuest,
+    balloon: Arc<Balloon>,
+    given: u64,
+    /// Where its statistics are, and whether it gives any.
+    statistics: Option<u64>,
+    oom_kills: u64,
+}
+
+impl Guest {
+    fn new(tells: bool) -> Self {
+        let context = BuildContext {
+            reporter: Reporter::silent(),
+            seccomp: SeccompMode::Enforce,
+            discards: Default::default(),
+        };
+        let balloon = Arc::new(Balloon::new(&BalloonConfig::default(), context).unwrap());
+        let memory = TestGuest::new(RAM as usize);
+        let (slot, _) = memory.plug(balloon.clone());
+        let mut driver = TestDriver::new(&memory, slot);
+        driver.start(VERSION_1 | STATS_VQ, 64);
+        assert!(eventually(|| balloon.viewer().info("b").driver));
+        let statistics = tells.then(|| driver.allocate(20));
+        let mut guest = Self {
+            driver,
+            memory,
+            balloon,
+            given: 0,
+            statistics,
+            oom_kills: 0,
+        };
+        guest.tell();
+        guest
+    }
+
+    fn tell(&mut self) {
+        let Some(buffer) = self.statistics else {
+            return;
+        };
+        let available = RAM - 8 * MIB - self.given;
+        let mut bytes = Vec::new();
+        for (tag, value) in [(6_u16, available), (10, self.oom_kills)] {
+            bytes.extend(tag.to_le_bytes());
+            bytes.extend(value.to_le_bytes());
+        }
+        self.memory.poke(buffer, &bytes);
+        self.driver.add(STATS, &[Buffer::Readable(buffer, 20)]);
+        self.driver.kick(STATS);
+    }
+
+    /// Does what it is asked for, and tells if it is asked.
+    fn work(&mut self) {
+        let mut target = [0; 4];
+        self.driver.device_read(0, &mut target);
+        let target = u64::from(u32::from_le_bytes(target)) * PAGE;
+        while self.given != target {
+            let (queue, some) = if self.given < target {
+                (INFLATE, (target - self.given).min(MIB))
+            } else {
+                (DEFLATE, (self.given - target).min(MIB))
+            };
+            let first = FREE
+                + if queue == INFLATE {
+                    self.given
+                } else {
+                    self.given - some
+                };
+            let numbers = (first / PAGE..(first + some) / PAGE).map(|n| n as u32);
+            let bytes: Vec<u8> = numbers.flat_map(u32::to_le_bytes).collect();
+            self.driver.exchange(queue, &bytes, 0);
+            if queue == INFLATE {
+                self.given += some;
+            } else {
+                self.given -= some;
+            }
+            let pages = (self.given / PAGE) as u32;
+            self.driver.device_write(4, &pages.to_le_bytes());
+        }
+        if self.statistics.is_some() && self.driver.take_used(STATS).is_some() {
+            self.tell();
+        }
+    }
+
+    /// Has the governor look, and does what it says.
+    fn look(&mut self, control: &mut Control) -> Option<Step> {
+        self.work();
+        let step = control.look(Driven {
+            id: "b",
+            balloon: &self.balloon,
+            limits: Limits {
+                ram: RAM,
+                guaranteed: 24 * MIB,
+                max: RAM,
+                others_target: 0,
+                others_actual: 0,
+                weight: 100,
+                buffer_percent: 20,
+                step: 4 * MIB,
+                interval_ms: 1000,
+                host_free_percent: 20,
+            },
+        });
+        if let Some(step) = &step {
+            self.balloon.set_target(step.to);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+        step
+    }
+}
+
+#[test]
+fn pressure_on_the_host_empties_the_guest_down_to_its_guarantee_and_distress_fills_it_again() {
+    let host = Host::new();
+    host.say(512 * MIB, "0.00");
+    let mut control = host.control();
+    let mut guest = Guest::new(true);
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None, "nothing is missing");
+    }
+    host.say(100 * MIB, "0.00");
+    let mut steps = Vec::new();
+    assert!(eventually(|| {
+        steps.extend(guest.look(&mut control));
+        guest.given == 40 * MIB
+    }));
+    assert_eq!(steps.len(), 10);
+    for step in &steps {
+        assert_eq!(
+            (step.action(), step.reason),
+            ("inflate", Reason::HostPressure)
+        );
+        assert_eq!(step.to - step.from, 4 * MIB);
+    }
+    // The host has it, and no more follows.
+    assert!(eventually(
+        || guest.balloon.viewer().info("b").inflated == 40 * MIB
+    ));
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None);
+    }
+    guest.oom_kills += 1;
+    let mut step = None;
+    assert!(eventually(|| {
+        step = guest.look(&mut control);
+        step.is_some()
+    }));
+    let step = step.unwrap();
+    assert_eq!((step.action(), step.reason), ("deflate", Reason::Distress));
+    assert_eq!((step.to, step.rest_ms), (0, Some(600_000)));
+    guest.work();
+    assert_eq!(guest.given, 0);
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None, "it rests");
+    }
+    assert_eq!(control.last(), Some(Reason::BackingOff));
+    let counters = control.counters();
+    assert_eq!(counters["inflate_steps"], 10);
+    assert_eq!(counters["inflated_bytes"], 40 * MIB);
+    assert_eq!(counters["deflate_steps"], 1);
+    assert_eq!(counters["distress_releases"], 1);
+    assert_eq!(counters["stalls"], 0);
+    // Another boot is another guest.
+    control.restart();
+    assert_eq!(control.counters()["inflate_steps"], 0);
+    assert!(eventually(|| guest.look(&mut control).is_some()));
+}
+
+#[test]
+fn pressure_stalls_count_like_missing_memory() {
+    let host = Host::new();
+    host.say(800 * MIB, "0.00");
+    let mut control = host.control();
+    let mut guest = Guest::new(true);
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None);
+    }
+    host.say(800 * MIB, "12.50");
+    let mut step = None;
+    assert!(eventually(|| {
+        step = guest.look(&mut control);
+        step.is_some()
+    }));
+    assert_eq!(step.unwrap().reason, Reason::HostPressure);
+}
+
+#[test]
+fn a_guest_that_tells_nothing_is_left_alone() {
+    let host = Host::new();
+    host.say(50 * MIB, "50.00");
+    let mut control = host.control();
+    let mut guest = Guest::new(false);
+    for _ in 0..50 {
+        assert_eq!(guest.look(&mut control), None);
+    }
+    assert_eq!(control.last(), Some(Reason::NoStatistics));
+    assert_eq!(control.counters()["held_for_statistics"], 50);
+}
+
+#[test]
+fn a_host_that_can_not_be_read_is_no_reason_to_take_anything() {
+    let host = Host::new();
+    let mut control = host.control();
+    let mut guest = Guest::new(true);
+    for _ in 0..50 {
+        assert_eq!(guest.look(&mut control), None);
+    }
+    assert_eq!(control.last(), Some(Reason::Steady));
+}
