@@ -180,16 +180,6 @@ impl Control {
         })
     }
 
-    /// Why the last look ended as it did; `None` before the first.
-    pub fn last(&self) -> Option<Reason> {
-        self.last
-    }
-
-    /// What it remembers, for who shows it.
-    pub fn state(&self) -> &State {
-        &self.state
-    }
-
     /// The totals, by name.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         let counters = &self.counters;

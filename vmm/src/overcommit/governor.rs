@@ -15,7 +15,7 @@
 //!    the same rest.
 //! 4. **No fresh statistics**: nothing is taken; after half a minute all is given back.
 //! 5. **The guest's need**: available memory has fallen below three quarters of the buffer; the
-//!    buffer is filled.
+//!    buffer is filled, unless the host's memory is nearly gone.
 //! 6. **Above `max_size`**: taken in steps.
 //! 7. **Pressure on the host**, by available memory or PSI: this VM's part of what is missing, by
 //!    idle memory and weight, at most a step.
@@ -77,7 +77,7 @@ pub enum Level {
     Ease,
     /// Memory is short.
     Pressure,
-    /// Memory is nearly gone: the guests' buffers are halved.
+    /// Memory is nearly gone: only a guest in distress gets any back.
     Critical,
 }
 
@@ -392,6 +392,9 @@ impl Look<'_> {
         }
         let buffer = self.buffer(guest);
         if target > base && guest.available < part(buffer, 3, 4) {
+            if self.next.level == Level::Critical {
+                return (target, Reason::Reserve);
+            }
             let missing = (buffer - guest.available).min(target - base);
             return self.release(missing, 1, Reason::GuestNeeds);
         }
@@ -480,11 +483,7 @@ impl Look<'_> {
             .saturating_sub(given)
             .saturating_sub(limits.others_actual);
         let used = has.saturating_sub(guest.available);
-        let buffer = part(used, limits.buffer_percent.into(), 100);
-        match self.next.level {
-            Level::Critical => buffer / 2,
-            _ => buffer,
-        }
+        part(used, limits.buffer_percent.into(), 100)
     }
 
     /// What could be taken from the guest: beyond its buffer, with a quarter of that between

@@ -409,7 +409,7 @@ fn what_is_given_back_leaves_the_host_its_reserve() {
     for (available, given) in [(500, 0), (512, 0), (522, 10), (1024, 24)] {
         let mut reading = reading(0, 200 * MIB, 50);
         reading.host.available = available * MIB;
-        // Not critical, which would halve the buffer.
+        // Not critical, which would leave it to distress.
         reading.limits.host_free_percent = 1;
         reading.guest.as_mut().unwrap().available = 32 * MIB;
         let (decision, _) = decide(&reading, &State::default());
@@ -421,6 +421,28 @@ fn what_is_given_back_leaves_the_host_its_reserve() {
         };
         assert_eq!(decision.reason, reason);
     }
+}
+
+#[test]
+fn a_need_whose_answer_makes_the_host_critical_does_not_swing() {
+    let limits = Limits {
+        ram: 1024 * MIB,
+        max: 720 * MIB,
+        guaranteed: 80 * MIB,
+        buffer_percent: 114,
+        step: 72 * MIB,
+        host_free_percent: 30,
+        ..limits()
+    };
+    let mut vm = [model::Vm::new(limits, 376 * MIB, 350 * MIB)];
+    let mut targets = Vec::new();
+    for second in 0..300 {
+        let host = model::host(8 * GIB, 6860 * MIB, &vm);
+        vm[0].look(second * 1000, host, Neighbours::default());
+        targets.push(vm[0].target);
+    }
+    assert!(targets[0] < 376 * MIB);
+    assert!(targets.is_sorted_by(|a, b| a >= b), "{targets:?}");
 }
 
 #[test]
