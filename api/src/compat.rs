@@ -87,10 +87,6 @@ pub const FIELDS: &[(&str, &[(&str, Inert)])] = &[
     (
         "CpusConfig",
         &[
-            ("affinity", Inert::Empty),
-            // `Vm` is Cloud Hypervisor's default, but it promises isolation from other VMs on the
-            // sibling thread: who writes it must not believe to have it.
-            ("core_scheduling", Inert::Text("Off")),
             ("kvm_hyperv", Inert::Empty),
             // The host's CPU as it is: what we do.
             ("profile", Inert::Text("Host")),

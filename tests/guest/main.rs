@@ -10,6 +10,7 @@ mod support;
 
 mod balloon;
 mod boot;
+mod cpu;
 mod crash;
 mod disk;
 mod disk_limits;

@@ -13,6 +13,7 @@ mod bad_configs;
 mod bad_files;
 mod bad_limits;
 mod bad_requests;
+mod cpu;
 mod hostile_clients;
 mod lifecycle;
 mod observe;

@@ -27,9 +27,9 @@ mod overcommit;
 mod platform;
 
 pub use balloons::{BALLOON_ID, VmResize};
-pub use cpus::{CoreFeatures, CpuTopology, CpusConfig};
+pub use cpus::{CoreFeatures, CoreScheduling, CpuAffinity, CpuTopology, CpusConfig};
 pub use memory::MemoryConfig;
-pub use overcommit::{OvercommitConfig, OvercommitMode};
+pub use overcommit::{CpuMax, OvercommitConfig, OvercommitMode};
 pub use platform::PlatformConfig;
 
 /// The most vCPUs a VM can have.

@@ -19,9 +19,11 @@ use crate::consoles::Consoles;
 use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::overcommit::cost::SharedRam;
+use crate::overcommit::cpu::{self, CpuLimits};
 use crate::overcommit::view::{Observer, Subject, View};
 use crate::state::State;
 use crate::status::{Observation, PciDeviceInfo, VmCounters, VmInfo};
+use crate::vcpu::placement;
 use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 use crate::{cpuid, memory};
 
@@ -46,6 +48,9 @@ impl Created {
             overcommit.fill_in(config.memory.size);
         }
         config.check_floor(0, "balloons")?;
+        placement::check(&config.cpus).map_err(|e| e.within("cpus"))?;
+        cpu::check(CpuLimits::of(config.overcommit.as_ref()))
+            .map_err(|e| e.within("overcommit"))?;
         memory::check(&config.memory).map_err(|e| e.within("memory"))?;
         config.validate_addresses(config.cpus.max_phys_bits.min(cpuid::host_phys_bits()))?;
         if let Some(payload) = &config.payload {

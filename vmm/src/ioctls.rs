@@ -4,8 +4,9 @@
 //! Documentation/virt/kvm/api.rst of Linux.
 
 use kvm_bindings::{
-    KVMIO, kvm_cpuid2, kvm_fpu, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_lapic_state,
-    kvm_mp_state, kvm_msrs, kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    KVMIO, kvm_cpuid2, kvm_enable_cap, kvm_fpu, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd,
+    kvm_lapic_state, kvm_mp_state, kvm_msrs, kvm_pit_config, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -49,5 +50,6 @@ requests! {
     KVM_SET_CPUID2 = _IOC_WRITE, 0x90, kvm_cpuid2;
     KVM_GET_MP_STATE = _IOC_READ, 0x98, kvm_mp_state;
     KVM_NMI = _IOC_NONE, 0x9a, ();
+    KVM_ENABLE_CAP = _IOC_WRITE, 0xa3, kvm_enable_cap;
     KVM_KVMCLOCK_CTRL = _IOC_NONE, 0xad, ();
 }

@@ -9,7 +9,7 @@ use devices::config;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
 
-use crate::overcommit::psi;
+use crate::overcommit::{cpu, psi};
 use crate::{boot, interrupts, memory, vcpu};
 
 /// Making a thread, and installing its filter in it.
@@ -33,6 +33,8 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
         interrupts::SYSCALLS,
         vcpu::SYSCALLS,
         vcpu::CONTROL_SYSCALLS,
+        vcpu::placement::SYSCALLS,
+        cpu::SYSCALLS,
         console::OPEN,
         psi::SYSCALLS,
     ];

@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 use devices::allow;
 use devices::bus::Bus;
 use devices::guest_memory::GuestRam;
-use devices::sandbox::{Allow, COMMON, Filter, SandboxError, SeccompMode, Test};
+use devices::sandbox::{Allow, COMMON, Filter, SeccompMode, Test};
 use devices::signals::GuestSignals;
 use devices::worker::STACK_BYTES;
 use kvm_ioctls::{Kvm, VmFd};
@@ -40,11 +40,13 @@ use crate::ioctls::{
 
 mod control;
 mod exits;
+pub mod placement;
 mod reset;
 mod runner;
 
 use control::{Control, Order};
 use exits::Exits;
+use placement::Placement;
 use runner::Runner;
 
 /// The signal that gets a vCPU thread out of KVM_RUN: a real-time signal that neither C library
@@ -150,9 +152,10 @@ impl Vcpus {
             control: Arc::new(Control::new(context.cpus.boot_vcpus)),
             threads: Vec::new(),
         };
+        let placement = Placement::new(context.cpus);
         for (index, vcpu) in (0..).zip(descriptors) {
             // An error drops, and so stops, those that run already.
-            vcpus.start(&context, &filter, index, vcpu)?;
+            vcpus.start(&context, (&filter, &placement), index, vcpu)?;
         }
         Ok(vcpus)
     }
@@ -160,7 +163,7 @@ impl Vcpus {
     fn start(
         &mut self,
         context: &VcpuContext,
-        filter: &Filter,
+        (filter, placement): (&Filter, &Arc<Placement>),
         index: u32,
         vcpu: kvm_ioctls::VcpuFd,
     ) -> Result<(), Error> {
@@ -177,16 +180,19 @@ impl Vcpus {
             exits: exits.clone(),
             _ram: context.ram.clone(),
         };
-        let filter = filter.clone();
-        let (ready, outcome) = channel::<Result<u32, SandboxError>>();
-        let failed =
-            |error: &dyn std::fmt::Display| Error::host(format!("starting vCPU {index}"), error);
+        let (filter, placement) = (filter.clone(), placement.clone());
+        let (ready, outcome) = channel::<Result<u32, Error>>();
+        let failed = move |error: &dyn std::fmt::Display| {
+            Error::host(format!("starting vCPU {index}"), error)
+        };
         let handle = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let installed = filter.install();
-                match installed {
+                let prepared = (placement.apply(index))
+                    .map_err(|invalid| Error::from(invalid.within("cpus")))
+                    .and_then(|()| filter.install().map_err(|error| failed(&error)));
+                match prepared {
                     Ok(()) => runner.run(|| {
                         let id = rustix::thread::gettid().as_raw_nonzero().get();
                         // The spawner waits for this, so it is there to hear it.
@@ -204,7 +210,7 @@ impl Vcpus {
                 Ok(())
             }
             // It ends by itself.
-            Ok(Err(error)) => Err(failed(&error)),
+            Ok(Err(error)) => Err(error),
             Err(_) => Err(failed(&"the thread ended before it was ready")),
         }
     }

@@ -34,6 +34,7 @@ use crate::layout::{
     I8042_PORT, PCI_CONFIG_PORT, PCI_WINDOW, PCI_WINDOW_SIZE, PM_TIMER_PORT, POST_PORT, SERIAL_GSI,
     SERIAL_PORT,
 };
+use crate::overcommit::cpu::{CpuGroup, CpuLimits};
 use crate::vcpu::{VcpuContext, Vcpus};
 use crate::{acpi, memory};
 
@@ -64,6 +65,8 @@ pub struct Vm {
     /// RAM.
     pub ram: GuestRam,
     ged: Arc<Ged>,
+    /// Last: every thread it has places for is gone by then.
+    cpu_group: Option<CpuGroup>,
 }
 
 /// The I/O ports that the machine's own devices have: first port and number.
@@ -191,14 +194,31 @@ impl Vm {
             events: environment.events,
             seccomp: environment.seccomp,
         })?;
-        Ok(Self {
+        let mut this = Self {
             vcpus,
             devices,
             signals,
             built_at: Instant::now(),
             ram,
             ged,
-        })
+            cpu_group: None,
+        };
+        this.limit_cpu(CpuLimits::of(config.overcommit.as_ref()))
+            .map_err(|e| e.within("overcommit"))?;
+        Ok(this)
+    }
+
+    /// Sets, changes or lifts the limits on CPU time; on failure they stay what they were. Fields
+    /// are named as seen from `overcommit`.
+    pub fn limit_cpu(&mut self, limits: CpuLimits) -> Result<(), Invalid> {
+        match &mut self.cpu_group {
+            Some(group) if limits.any() => group.set(limits)?,
+            None if limits.any() => {
+                self.cpu_group = Some(CpuGroup::new(limits, &self.vcpus.thread_ids())?);
+            }
+            _ => self.cpu_group = None,
+        }
+        Ok(())
     }
 
     /// Presses the ACPI power button; what comes of it is up to the guest.

@@ -89,8 +89,8 @@ fn a_field_of_a_feature_that_is_not_built_is_refused_by_name() {
             "memory.hotplug_size",
         ),
         (
-            json!({"cpus": {"boot_vcpus": 1, "affinity": [{"vcpu": 0, "host_cpus": [1]}]}}),
-            "cpus.affinity",
+            json!({"cpus": {"boot_vcpus": 1, "kvm_hyperv": true}}),
+            "cpus.kvm_hyperv",
         ),
         (
             json!({"disks": [{"path": "/a"}, {"vhost_user": true, "vhost_socket": "/s"}]}),

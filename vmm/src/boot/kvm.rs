@@ -5,15 +5,17 @@ use std::io;
 use devices::allow;
 use devices::config::Invalid;
 use devices::sandbox::{Allow, Test};
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_HALT_POLL, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::config::CpusConfig;
 use crate::cpuid::apic_id;
 use crate::error::Error;
 use crate::ioctls::{
-    KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2, KVM_CREATE_VM, KVM_GET_API_VERSION,
-    KVM_GET_VCPU_MMAP_SIZE, KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_TSS_ADDR,
+    KVM_CHECK_EXTENSION, KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2, KVM_CREATE_VM, KVM_ENABLE_CAP,
+    KVM_GET_API_VERSION, KVM_GET_VCPU_MMAP_SIZE, KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_TSS_ADDR,
 };
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
@@ -23,6 +25,7 @@ pub const SYSCALLS: &[Allow] = &[
     allow!(ioctl, 1 => Test::Is(KVM_CREATE_IRQCHIP)),
     allow!(ioctl, 1 => Test::Is(KVM_CREATE_PIT2)),
     allow!(ioctl, 1 => Test::Is(KVM_CREATE_VM)),
+    allow!(ioctl, 1 => Test::Is(KVM_ENABLE_CAP)),
     allow!(ioctl, 1 => Test::Is(KVM_GET_API_VERSION)),
     allow!(ioctl, 1 => Test::Is(KVM_GET_VCPU_MMAP_SIZE)),
     allow!(ioctl, 1 => Test::Is(KVM_SET_IDENTITY_MAP_ADDR)),
@@ -118,5 +121,26 @@ pub fn create_vm(kvm: &Kvm, cpus: &CpusConfig) -> Result<VmFd, Error> {
         ..Default::default()
     })
     .map_err(step("making a timer"))?;
+    if let Some(ns) = cpus.halt_poll_ns {
+        limit_halt_polling(&vm, ns).map_err(|e| e.within("cpus"))?;
+    }
     Ok(vm)
+}
+
+/// Sets how long the kernel may spin for a vCPU that has halted
+/// (Documentation/virt/kvm/halt-polling.rst).
+fn limit_halt_polling(vm: &VmFd, ns: u32) -> Result<(), Invalid> {
+    let refuse = |reason: String| Err(Invalid::new("halt_poll_ns", reason));
+    if vm.check_extension_raw(KVM_CAP_HALT_POLL.into()) <= 0 {
+        return refuse("this host's kernel lacks KVM_CAP_HALT_POLL (Linux 5.8)".to_owned());
+    }
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_HALT_POLL,
+        args: [ns.into(), 0, 0, 0],
+        ..kvm_enable_cap::default()
+    };
+    match vm.enable_cap(&cap) {
+        Ok(()) => Ok(()),
+        Err(error) => refuse(format!("this host refuses {ns}: {error}")),
+    }
 }

@@ -1,10 +1,15 @@
 //! vCPUs.
 
+use std::collections::HashSet;
+
 use devices::config::Invalid;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::MAX_VCPUS;
+
+/// Longer than a second is no polling any more.
+const MAX_HALT_POLL_NS: u32 = 1_000_000_000;
 
 /// vCPUs and what they look like to the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -30,6 +35,46 @@ pub struct CpusConfig {
     /// Features that must be asked for.
     #[serde(default)]
     pub features: CoreFeatures,
+    /// Which of the host's CPUs a vCPU may run on; any, for those that are not named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Vec<CpuAffinity>>,
+    /// Who may run beside a vCPU, on another hardware thread of the same core. Refused where the
+    /// host can't do it. Cloud Hypervisor's default is `Vm`.
+    #[serde(default)]
+    pub core_scheduling: CoreScheduling,
+    /// Nanoseconds that the host's kernel spins for a vCPU that has nothing to do, at most, before
+    /// it gives the CPU to others; 0 where vCPUs share CPUs and should not burn them. KVM's own
+    /// default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 1000000000, example = 0)]
+    pub halt_poll_ns: Option<u32>,
+}
+
+/// Which of the host's CPUs a vCPU may run on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(example = json!({"vcpu": 0, "host_cpus": [0, 1]}))]
+pub struct CpuAffinity {
+    /// Number of the vCPU, from 0; each at most once.
+    #[schema(maximum = 63)]
+    pub vcpu: u32,
+    /// Numbers of CPUs that are online and that this process may use; at least one, each once.
+    #[schema(min_items = 1)]
+    pub host_cpus: Vec<usize>,
+}
+
+/// Who may run beside a vCPU, on another hardware thread of the same core.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum CoreScheduling {
+    /// Only vCPUs of the same VM.
+    #[serde(alias = "vm")]
+    Vm,
+    /// Nobody.
+    #[serde(alias = "vcpu")]
+    Vcpu,
+    /// Anybody.
+    #[default]
+    #[serde(alias = "off")]
+    Off,
 }
 
 /// How vCPUs are arranged; the product must be the number of vCPUs.
@@ -74,6 +119,9 @@ impl Default for CpusConfig {
             max_phys_bits: default_max_phys_bits(),
             nested: true,
             features: CoreFeatures::default(),
+            affinity: None,
+            core_scheduling: CoreScheduling::default(),
+            halt_poll_ns: None,
         }
     }
 }
@@ -115,6 +163,37 @@ impl CpusConfig {
                 .validate(self.boot_vcpus)
                 .map_err(|e| e.within("topology"))?;
         }
+        if self.halt_poll_ns.is_some_and(|ns| ns > MAX_HALT_POLL_NS) {
+            return Err(Invalid::new(
+                "halt_poll_ns",
+                format!("must be at most {MAX_HALT_POLL_NS}, a second"),
+            ));
+        }
+        self.validate_affinity()
+    }
+
+    /// Whether the host has those CPUs is for [`crate::vcpu::placement::check`] to say.
+    fn validate_affinity(&self) -> Result<(), Invalid> {
+        let mut vcpus = HashSet::new();
+        for (index, affinity) in self.affinity.iter().flatten().enumerate() {
+            let refuse = |field: &str, reason: String| {
+                Err(Invalid::new(format!("affinity[{index}].{field}"), reason))
+            };
+            let vcpu = affinity.vcpu;
+            if vcpu >= self.boot_vcpus {
+                return refuse("vcpu", format!("there is no vCPU {vcpu}"));
+            }
+            if !vcpus.insert(vcpu) {
+                return refuse("vcpu", format!("vCPU {vcpu} is named twice"));
+            }
+            if affinity.host_cpus.is_empty() {
+                return refuse("host_cpus", "names no CPU".to_owned());
+            }
+            let mut cpus = HashSet::new();
+            if let Some(twice) = affinity.host_cpus.iter().find(|cpu| !cpus.insert(**cpu)) {
+                return refuse("host_cpus", format!("CPU {twice} is named twice"));
+            }
+        }
         Ok(())
     }
 }
@@ -137,5 +216,69 @@ impl CpuTopology {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(json: &str) -> Option<String> {
+        let config: CpusConfig = serde_json::from_str(json).unwrap();
+        config.validate().err().map(|invalid| invalid.field)
+    }
+
+    #[test]
+    fn an_affinity_names_vcpus_there_are_and_each_of_them_once() {
+        let with = |affinity: &str| {
+            refused(&format!(
+                r#"{{"boot_vcpus": 2, "max_vcpus": 2, "affinity": {affinity}}}"#
+            ))
+        };
+        for (affinity, field) in [
+            (r#"[{"vcpu": 2, "host_cpus": [0]}]"#, "affinity[0].vcpu"),
+            (
+                r#"[{"vcpu": 1, "host_cpus": [0]}, {"vcpu": 1, "host_cpus": [1]}]"#,
+                "affinity[1].vcpu",
+            ),
+            (r#"[{"vcpu": 0, "host_cpus": []}]"#, "affinity[0].host_cpus"),
+            (
+                r#"[{"vcpu": 0, "host_cpus": [0, 1, 0]}]"#,
+                "affinity[0].host_cpus",
+            ),
+        ] {
+            assert_eq!(with(affinity).as_deref(), Some(field), "{affinity}");
+        }
+        for affinity in [
+            "null",
+            "[]",
+            r#"[{"vcpu": 1, "host_cpus": [3, 1]}, {"vcpu": 0, "host_cpus": [1]}]"#,
+        ] {
+            assert_eq!(with(affinity), None, "{affinity}");
+        }
+    }
+
+    #[test]
+    fn halt_polling_ends_within_a_second() {
+        for (ns, field) in [(0, None), (1_000_000_000, None), (1_000_000_001, Some(()))] {
+            let refused = refused(&format!(r#"{{"boot_vcpus": 1, "halt_poll_ns": {ns}}}"#));
+            assert_eq!(
+                refused.map(|field| assert_eq!(field, "halt_poll_ns")),
+                field
+            );
+        }
+    }
+
+    #[test]
+    fn core_scheduling_is_written_as_cloud_hypervisor_writes_it() {
+        for (text, value, canonical) in [
+            ("Vm", CoreScheduling::Vm, "\"Vm\""),
+            ("vcpu", CoreScheduling::Vcpu, "\"Vcpu\""),
+            ("off", CoreScheduling::Off, "\"Off\""),
+        ] {
+            let read: CoreScheduling = serde_json::from_str(&format!("{text:?}")).unwrap();
+            assert_eq!(read, value);
+            assert_eq!(serde_json::to_string(&read).unwrap(), canonical);
+        }
     }
 }

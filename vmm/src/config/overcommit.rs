@@ -76,6 +76,69 @@ pub struct OvercommitConfig {
     #[serde(default = "host_free_percent")]
     #[schema(minimum = 1, maximum = 50)]
     pub host_free_percent: u32,
+    /// This VM's share of CPU time against others, where they want more than there is: cpu.weight
+    /// of the process's cgroup, which is 100 unless somebody says otherwise. Refused where the
+    /// process has no cgroup (v2) for itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 10000, example = 300)]
+    pub cpu_weight: Option<u32>,
+    /// The most CPU time that the vCPUs together may use, however idle the host is. Refused where
+    /// the process has no cgroup (v2) for itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_max: Option<CpuMax>,
+}
+
+/// A limit on CPU time: cpu.max and cpu.max.burst of cgroup v2, for the vCPUs. Threads of devices
+/// and of the VMM are not held up by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"quota_us": 150000, "period_us": 100000, "burst_us": 100000}))]
+pub struct CpuMax {
+    /// Microseconds of CPU time in each period; 150000 of 100000 are one and a half CPUs.
+    #[schema(minimum = 1000, maximum = 1000000000)]
+    pub quota_us: u64,
+    /// Microseconds of a period.
+    #[serde(default = "CpuMax::period")]
+    #[schema(minimum = 1000, maximum = 1000000)]
+    pub period_us: u64,
+    /// Microseconds left over from earlier periods that may be used up at once, at most
+    /// `quota_us`. When absent, a period or the quota, whichever is less: with 0, a guest that is
+    /// just a little above its quota has all of its vCPUs stand still together in every period.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 1000000000)]
+    pub burst_us: Option<u64>,
+}
+
+impl CpuMax {
+    /// The kernel's own period.
+    pub const PERIOD_US: u64 = 100_000;
+    const QUOTA_MOST_US: u64 = 1_000_000_000;
+
+    fn period() -> u64 {
+        Self::PERIOD_US
+    }
+
+    /// Microseconds that may be saved up.
+    pub fn burst(&self) -> u64 {
+        self.burst_us.unwrap_or(self.period_us.min(self.quota_us))
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        for (field, value, least, most) in [
+            ("quota_us", self.quota_us, 1000, Self::QUOTA_MOST_US),
+            ("period_us", self.period_us, 1000, 1_000_000),
+        ] {
+            if !(least..=most).contains(&value) {
+                let reason = format!("is {value}, must be from {least} to {most}");
+                return Err(Invalid::new(field, reason));
+            }
+        }
+        if self.burst() > self.quota_us {
+            let reason = format!("is more than `quota_us`, {}", self.quota_us);
+            return Err(Invalid::new("burst_us", reason));
+        }
+        Ok(())
+    }
 }
 
 fn weight() -> u32 {
@@ -105,6 +168,8 @@ impl Default for OvercommitConfig {
             step: None,
             interval_ms: interval_ms(),
             host_free_percent: host_free_percent(),
+            cpu_weight: None,
+            cpu_max: None,
         }
     }
 }
@@ -167,6 +232,15 @@ impl OvercommitConfig {
             if !(least..=most).contains(&value) {
                 return refuse(field, format!("is {value}, must be from {least} to {most}"));
             }
+        }
+        if let Some(weight) = self.cpu_weight
+            && !(1..=10_000).contains(&weight)
+        {
+            let reason = format!("is {weight}, must be from 1 to 10000");
+            return refuse("cpu_weight", reason);
+        }
+        if let Some(max) = &self.cpu_max {
+            max.validate().map_err(|e| e.within("cpu_max"))?;
         }
         Ok(())
     }
@@ -305,6 +379,26 @@ mod tests {
             (r#"{"interval_ms": 99}"#, "interval_ms"),
             (r#"{"host_free_percent": 0}"#, "host_free_percent"),
             (r#"{"host_free_percent": 51}"#, "host_free_percent"),
+            (r#"{"cpu_weight": 0}"#, "cpu_weight"),
+            (r#"{"cpu_weight": 10001}"#, "cpu_weight"),
+            (r#"{"cpu_max": {"quota_us": 999}}"#, "cpu_max.quota_us"),
+            (r#"{"cpu_max": {"quota_us": 0}}"#, "cpu_max.quota_us"),
+            (
+                r#"{"cpu_max": {"quota_us": 1000000001}}"#,
+                "cpu_max.quota_us",
+            ),
+            (
+                r#"{"cpu_max": {"quota_us": 5000, "period_us": 999}}"#,
+                "cpu_max.period_us",
+            ),
+            (
+                r#"{"cpu_max": {"quota_us": 5000, "period_us": 1000001}}"#,
+                "cpu_max.period_us",
+            ),
+            (
+                r#"{"cpu_max": {"quota_us": 5000, "burst_us": 5001}}"#,
+                "cpu_max.burst_us",
+            ),
         ] {
             assert_eq!(refused(text).as_deref(), Some(field), "{text}");
         }
@@ -312,6 +406,8 @@ mod tests {
             r#"{"guaranteed_size": 536870912}"#,
             r#"{"max_size": 16777216, "mode": "auto"}"#,
             r#"{"weight": 10000, "step": 1048576, "interval_ms": 60000}"#,
+            r#"{"cpu_weight": 10000, "cpu_max": {"quota_us": 1000, "period_us": 1000000}}"#,
+            r#"{"cpu_max": {"quota_us": 5000, "burst_us": 5000}}"#,
         ] {
             assert_eq!(refused(text), None, "{text}");
         }

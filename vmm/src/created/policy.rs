@@ -7,6 +7,7 @@ use super::Created;
 use crate::config::{OvercommitConfig, OvercommitMode, VmConfig};
 use crate::error::Error;
 use crate::overcommit::control::{Driven, Step};
+use crate::overcommit::cpu::{self, CpuLimits};
 use crate::overcommit::reading::Limits;
 use crate::state::State;
 
@@ -38,6 +39,12 @@ impl Created {
                 left,
                 floor,
             });
+        }
+        // The last that can fail; it takes itself back.
+        let cpu_limits = CpuLimits::of(config.overcommit.as_ref());
+        match &mut self.running {
+            Some(vm) => vm.limit_cpu(cpu_limits)?,
+            None => cpu::check(cpu_limits)?,
         }
         self.config = config;
         self.keep_guarantee();

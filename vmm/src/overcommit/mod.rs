@@ -8,6 +8,7 @@
 pub mod cgroup;
 pub mod control;
 pub mod cost;
+pub mod cpu;
 pub mod files;
 pub mod governor;
 pub mod ksm;

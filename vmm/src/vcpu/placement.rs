@@ -55,30 +55,48 @@ pub const SYSCALLS: &[Allow] = &[
 /// Stack of the thread that tries sets of CPUs.
 const TRIAL_STACK_BYTES: usize = 64 << 10;
 
-/// Checks that the host lets vCPUs run where `cpus.affinity` wants them. Fields are named as seen
+/// Checks that the host lets vCPUs run where and as `cpus` wants them. Fields are named as seen
 /// from `cpus`. Called on the VMM thread.
 ///
 /// A thread of its own tries, as what a thread has once asked for is remembered for it.
 pub fn check(cpus: &CpusConfig) -> Result<(), Error> {
-    let Some(affinity) = &cpus.affinity else {
-        return Ok(());
-    };
-    if affinity.is_empty() {
+    let affinity = cpus.affinity.as_deref().unwrap_or_default();
+    if affinity.is_empty() && cpus.core_scheduling == CoreScheduling::Off {
         return Ok(());
     }
-    let failed = |error: std::io::Error| Error::os("trying the CPUs of `affinity`", error);
+    let failed = |error: std::io::Error| Error::os("trying where vCPUs may run", error);
     std::thread::scope(|scope| {
         let trial = std::thread::Builder::new()
             .name("affinity".to_owned())
             .stack_size(TRIAL_STACK_BYTES)
             .spawn_scoped(scope, || {
                 (0..).zip(affinity).try_for_each(|(index, one)| {
-                    run_on(one).map_err(|e| Error::from(e.within(&format!("affinity[{index}]"))))
-                })
+                    run_on(one).map_err(|e| e.within(&format!("affinity[{index}]")))
+                })?;
+                match cpus.core_scheduling {
+                    CoreScheduling::Off => Ok(()),
+                    CoreScheduling::Vm | CoreScheduling::Vcpu => share_core_with(None),
+                }
             })
             .map_err(failed)?;
         // A panic aborts the process, so a join can't report one.
-        trial.join().unwrap_or(Ok(()))
+        Ok(trial.join().unwrap_or(Ok(()))?)
+    })
+}
+
+/// Gives the calling thread the cookie of another, or, with `None`, one of its own.
+fn share_core_with(other: Option<Pid>) -> Result<(), Invalid> {
+    let cookie = match other {
+        None => create_core_scheduling_cookie(gettid(), CoreSchedulingScope::Thread),
+        Some(other) => pull_core_scheduling_cookie(other, CoreSchedulingScope::Thread),
+    };
+    cookie.map_err(|error| {
+        let reason = match error {
+            Errno::INVAL => "this host's kernel has no core scheduling".to_owned(),
+            Errno::NODEV => "this host's CPUs have no hardware threads (SMT) to keep apart".into(),
+            other => format!("this host refuses it: {other}"),
+        };
+        Invalid::new("core_scheduling", reason)
     })
 }
 
@@ -138,32 +156,22 @@ impl Placement {
         })
     }
 
-    /// Places the calling thread, which is to run the vCPU `index`. vCPU 0 comes first.
-    pub fn apply(&self, index: u32) -> Result<(), Error> {
+    /// Places the calling thread, which is to run the vCPU `index`. vCPU 0 comes first. Fields are
+    /// named as seen from `cpus`.
+    pub fn apply(&self, index: u32) -> Result<(), Invalid> {
         let ours = (0..).zip(&self.affinity).find(|(_, a)| a.vcpu == index);
         if let Some((entry, affinity)) = ours {
-            run_on(affinity).map_err(|e| e.within(&format!("cpus.affinity[{entry}]")))?;
+            run_on(affinity).map_err(|e| e.within(&format!("affinity[{entry}]")))?;
         }
-        let this = gettid();
-        let scope = CoreSchedulingScope::Thread;
-        let cookie = match self.core_scheduling {
-            CoreScheduling::Off => return Ok(()),
-            CoreScheduling::Vcpu => create_core_scheduling_cookie(this, scope),
-            CoreScheduling::Vm => match *self.first.get_or_init(|| this) {
-                first if first == this => create_core_scheduling_cookie(this, scope),
-                first => pull_core_scheduling_cookie(first, scope),
-            },
-        };
-        cookie.map_err(|error| {
-            let reason = match error {
-                Errno::INVAL => "this host's kernel has no core scheduling".to_owned(),
-                Errno::NODEV => {
-                    "this host's CPUs have no hardware threads (SMT) to keep apart".to_owned()
-                }
-                other => format!("the host refuses: {other}"),
-            };
-            Invalid::new("cpus.core_scheduling", reason).into()
-        })
+        match self.core_scheduling {
+            CoreScheduling::Off => Ok(()),
+            CoreScheduling::Vcpu => share_core_with(None),
+            CoreScheduling::Vm => {
+                let this = gettid();
+                let first = *self.first.get_or_init(|| this);
+                share_core_with((first != this).then_some(first))
+            }
+        }
     }
 }
 
