@@ -313,3 +313,85 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
         .open(path)?
         .write_all(text.as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A /proc/self whose cgroup is a directory of plain files.
+    fn host(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let host = tempfile::tempdir().unwrap();
+        let group = host.path().join("groups/vm1");
+        fs::create_dir_all(&group).unwrap();
+        let mount = format!(
+            "41 31 0:38 / {}/groups rw shared:9 - cgroup2 cgroup2 rw\n",
+            host.path().display()
+        );
+        fs::write(host.path().join("mountinfo"), mount).unwrap();
+        fs::write(host.path().join("cgroup"), "0::/vm1\n").unwrap();
+        for (name, text) in [
+            ("cgroup.type", "domain\n"),
+            ("cgroup.procs", "100\n"),
+            ("cgroup.stat", "nr_descendants 0\n"),
+            ("cgroup.controllers", "cpuset cpu io\n"),
+        ]
+        .iter()
+        .chain(files)
+        {
+            fs::write(group.join(name), text).unwrap();
+        }
+        host
+    }
+
+    #[test]
+    fn a_cgroup_is_ours_when_it_has_the_controller_and_nobody_else() {
+        assert!(find(host(&[]).path(), 100).unwrap().ends_with("groups/vm1"));
+        for (file, text, reason) in [
+            ("cgroup.procs", "100\n101\n", "1 other process"),
+            ("cgroup.stat", "nr_descendants 1\n", "below it"),
+            ("cgroup.controllers", "cpuset io cpuacct\n", "no `cpu`"),
+            ("cgroup.type", "domain invalid\n", "domain invalid"),
+        ] {
+            let error = find(host(&[(file, text)]).path(), 100).unwrap_err();
+            assert!(error.contains(reason), "{file}: {error}");
+            assert!(error.contains("needs a cgroup"), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_empty_halves_of_our_own_are_swept_away() {
+        let host = host(&[("cgroup.stat", "nr_descendants 2\n")]);
+        let group = host.path().join("groups/vm1");
+        fs::create_dir_all(group.join("vcpus")).unwrap();
+        fs::create_dir_all(group.join("io/busy")).unwrap();
+        fs::create_dir_all(group.join("other")).unwrap();
+        find(host.path(), 100).unwrap_err();
+        assert!(!group.join("vcpus").exists());
+        assert!(group.join("io").exists() && group.join("other").exists());
+        // With company, nothing is ours.
+        fs::create_dir_all(group.join("vcpus")).unwrap();
+        fs::write(group.join("cgroup.procs"), "100\n7\n").unwrap();
+        find(host.path(), 100).unwrap_err();
+        assert!(group.join("vcpus").exists());
+    }
+
+    #[test]
+    fn what_is_asked_for_names_its_field_where_there_is_no_cgroup() {
+        check(CpuLimits::default()).unwrap();
+        let max = CpuMax {
+            quota_us: 5000,
+            period_us: 100_000,
+            burst_us: None,
+        };
+        assert_eq!(max.burst(), 5000, "never above the quota");
+        for (weight, max, field) in [
+            (Some(1), None, "cpu_weight"),
+            (None, Some(max), "cpu_max"),
+            (Some(1), Some(max), "cpu_weight"),
+        ] {
+            // A test runs beside others, so never in a cgroup of its own.
+            let error = check(CpuLimits { weight, max }).unwrap_err();
+            assert_eq!(error.field, field, "{error}");
+        }
+    }
+}
