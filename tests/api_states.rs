@@ -228,8 +228,8 @@ fn a_bad_configuration_is_400_names_its_field_and_creates_nothing() {
             "image_type Vhdx",
         ),
         (
-            r#"{"disks":[{"path":"/a","image_type":"Qcow2"}]}"#,
-            "disks[0].readonly",
+            r#"{"disks":[{"path":"/a","image_type":"Qcow2","num_queues":2}],"cpus":{"boot_vcpus":2}}"#,
+            "disks[0].num_queues",
         ),
         (
             r#"{"disks":[{"path":"/a","backing_files":true}]}"#,

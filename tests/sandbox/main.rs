@@ -337,6 +337,8 @@ fn every_kind_of_thread_is_there_once() {
         "raw-io-uring",
         "qcow2-io-uring",
         "qcow2-sync",
+        "qcow2-write-io-uring",
+        "qcow2-write-sync",
         "rng",
     ] {
         assert!(names.contains(name), "{name} is missing from {names:?}");

@@ -24,7 +24,8 @@ pub struct DiskConfig {
     /// Bypass the host's page cache (O_DIRECT).
     #[serde(default)]
     pub direct: bool,
-    /// Virtqueues, each served by a thread of its own; at most as many as the VM has vCPUs.
+    /// Virtqueues, each served by a thread of its own; at most as many as the VM has vCPUs. A qcow2
+    /// image that is written to has 1.
     #[serde(default = "one")]
     #[schema(minimum = 1, maximum = 64)]
     pub num_queues: u16,
@@ -68,8 +69,7 @@ pub enum ImageType {
     /// The bytes of the disk, as they are.
     #[default]
     Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3; not yet to be written, so only with
-    /// `readonly`.
+    /// QEMU's copy-on-write format, versions 2 and 3. One that is written to has one queue.
     Qcow2,
     /// Accepted for Cloud Hypervisor's clients; means `Raw`.
     Unknown,
@@ -103,10 +103,11 @@ impl DiskConfig {
             ));
         }
         let qcow2 = self.image_type == ImageType::Qcow2;
-        if qcow2 && !self.readonly {
+        if qcow2 && !self.readonly && self.num_queues != 1 {
             return Err(Invalid::new(
-                "readonly",
-                "not supported yet: writing qcow2 images; must be true for them",
+                "num_queues",
+                "not supported yet: more than one queue for a Qcow2 image that is written to; \
+                 must be 1, or the disk `readonly`",
             ));
         }
         if self.backing_files && !qcow2 {

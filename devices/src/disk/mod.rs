@@ -182,6 +182,8 @@ pub const QUEUES: &[(&str, &[Allow])] = &[
     ("raw-sync", raw::SYNC_SYSCALLS),
     ("qcow2-io-uring", qcow2::URING_SYSCALLS),
     ("qcow2-sync", qcow2::SYNC_SYSCALLS),
+    ("qcow2-write-io-uring", qcow2::WRITE_SYSCALLS[0]),
+    ("qcow2-write-sync", qcow2::WRITE_SYSCALLS[1]),
 ];
 
 /// Opens and locks an image. Called on the VMM thread.

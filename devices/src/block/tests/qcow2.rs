@@ -75,6 +75,49 @@ fn a_thin_disk_is_read_within_the_filter_and_its_writes_are_refused() {
 }
 
 #[test]
+fn a_thin_disk_is_written_within_the_filter() {
+    let Some(folder) = qemu::folder() else { return };
+    for (number, setup) in setups().enumerate() {
+        let folder = folder.path().join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let (path, mut content) = overlay(&folder);
+        let mut disk = Disk::with(setup, |config| {
+            config.path = path.clone();
+            config.image_type = ImageType::Qcow2;
+            config.backing_files = true;
+            config.validate().unwrap();
+        });
+        for i in 0..200_u64 {
+            let sector = (i * 331) % (SIZE / 512 - 64);
+            let bytes: Vec<u8> = (0..4096).map(|n| (n / 16 + i) as u8).collect();
+            assert_eq!(disk.write(sector, &bytes), OK, "{setup:?}");
+            content[sector as usize * 512..][..4096].copy_from_slice(&bytes);
+            if i % 50 == 0 {
+                assert_eq!(disk.flush(), OK);
+            }
+        }
+        for (kind, first) in [(11, 64_u64), (13, 4096)] {
+            // DISCARD and WRITE_ZEROES.
+            assert_eq!(disk.range(kind, first, 2048, 0), OK, "{setup:?}");
+            content[first as usize * 512..][..1 << 20].fill(0);
+        }
+        assert_eq!(disk.flush(), OK);
+        let mut at = 0;
+        while at < SIZE {
+            let (status, bytes) = disk.read(at / 512, MIB as u32);
+            assert_eq!(status, OK, "{setup:?}");
+            assert!(bytes == content[at as usize..(at + MIB) as usize], "{at}");
+            at += MIB;
+        }
+        assert!(disk.io_errors().is_empty());
+        // The image is closed within the filter as well.
+        drop(disk);
+        qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+        assert!(qemu::content(&path) == content, "{setup:?}");
+    }
+}
+
+#[test]
 fn several_queues_read_one_thin_disk_at_once() {
     let Some(folder) = qemu::folder() else { return };
     let (path, content) = overlay(folder.path());
@@ -134,13 +177,17 @@ fn what_is_not_built_for_thin_disks_is_refused() {
     config.backing_files = true;
     assert_eq!(config.validate().unwrap_err().field, "backing_files");
     config.image_type = ImageType::Qcow2;
+    config.validate().unwrap();
+    config.num_queues = 2;
     let refused = config.validate().unwrap_err().to_string();
     assert!(
-        refused.starts_with("readonly: not supported yet"),
+        refused.starts_with("num_queues: not supported yet"),
         "{refused}"
     );
     config.readonly = true;
     config.validate().unwrap();
+    config.readonly = false;
+    config.num_queues = 1;
     let refused = build(&config).err().unwrap().to_string();
     assert!(refused.contains("it is not a qcow2 image"), "{refused}");
 }

@@ -48,6 +48,7 @@ pub struct Layer {
     pub file_bytes: u64,
     /// `None` for a raw image.
     tables: Option<Tables>,
+    pub block_device: bool,
     _lock: ImageLock,
 }
 
@@ -95,10 +96,11 @@ pub struct Chain {
 pub struct Top {
     pub geometry: Geometry,
     pub serial: String,
+    pub header: Header,
 }
 
 impl Chain {
-    /// Opens and locks all of them, for reading.
+    /// Opens and locks all of them; those below the topmost for reading.
     pub fn open(options: &OpenOptions) -> Result<(Self, Top), BuildError> {
         let mut layers = Vec::new();
         let mut seen = Vec::new();
@@ -115,14 +117,17 @@ impl Chain {
                 return Err(refused(&options.path, reason));
             }
             seen.push(host.identity);
-            top.get_or_insert_with(|| Top {
-                geometry: host.geometry,
-                serial: host.serial.clone(),
-            });
             let (size_bytes, tables) = match format {
                 Format::Raw => (host.size_bytes, None),
                 Format::Qcow2 => {
                     let header = read_header(&host, &path)?;
+                    if top.is_none() {
+                        top = Some(Top {
+                            geometry: host.geometry,
+                            serial: host.serial.clone(),
+                            header: header.clone(),
+                        });
+                    }
                     l1_bytes += header.l1_entries * 8;
                     if l1_bytes > MAX_L1_BYTES {
                         return Err(refused(&path, "the L1 tables of the chain are too large"));
@@ -144,6 +149,7 @@ impl Chain {
                 size_bytes,
                 file_bytes: host.size_bytes,
                 tables,
+                block_device: host.block_device,
                 _lock: host.lock,
             });
         }
@@ -166,8 +172,13 @@ impl Chain {
     }
 
     /// Where up to `len` bytes from `position` of the disk on are; `len` is not 0.
-    pub fn look_up(&self, position: u64, mut len: u64) -> Lookup {
-        for (number, layer) in (0_u16..).zip(&self.layers) {
+    pub fn look_up(&self, position: u64, len: u64) -> Lookup {
+        self.look_up_from(0, position, len)
+    }
+
+    /// As [`Chain::look_up`], but in what lies below the topmost `first` layers.
+    pub fn look_up_from(&self, first: u16, position: u64, mut len: u64) -> Lookup {
+        for (number, layer) in (0_u16..).zip(&self.layers).skip(first.into()) {
             let left = layer.size_bytes.saturating_sub(position);
             if left == 0 {
                 // Not in anything below it either: what is beyond its end can't be seen through it.
@@ -245,7 +256,7 @@ fn alignment(host: &HostFile) -> Option<Alignment> {
 fn open_host(options: &OpenOptions, path: &Path, top: bool) -> Result<HostFile, BuildError> {
     let options = OpenOptions {
         path: path.into(),
-        readonly: true,
+        readonly: options.readonly || !top,
         ..options.clone()
     };
     let host = open_file(&options);
@@ -273,7 +284,7 @@ fn read_header(host: &HostFile, path: &Path) -> Result<Header, BuildError> {
     let header = Header::parse(&read(cluster.min(MAX_CLUSTER))?).map_err(unusable)?;
     if header.corrupt {
         let path = path.display();
-        tracing::warn!("{path} is marked as corrupt; it is only read");
+        tracing::warn!("{path} is marked as corrupt");
     }
     Ok(header)
 }
@@ -287,9 +298,18 @@ fn read_l1(host: &HostFile, header: &Header, path: &Path) -> Result<Box<[u64]>, 
     Ok(entries.iter().copied().map(u64::from_be_bytes).collect())
 }
 
-/// Up to `len` bytes from `offset` on; fewer where the file ends.
 fn read(host: &HostFile, offset: u64, len: usize) -> io::Result<Vec<u8>> {
-    let (start, skip, total) = enclosing(alignment(host), offset, len);
+    read_file(&host.file, alignment(host), offset, len)
+}
+
+/// Up to `len` bytes of a file from `offset` on; fewer where it ends.
+pub fn read_file(
+    file: &File,
+    direct: Option<Alignment>,
+    offset: u64,
+    len: usize,
+) -> io::Result<Vec<u8>> {
+    let (start, skip, total) = enclosing(direct, offset, len);
     let buffer = Arc::new(AlignedBuffer::zeroed(total, 4096)?);
     let mut buffers = Buffers::default();
     buffers
@@ -297,12 +317,7 @@ fn read(host: &HostFile, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         .map_err(io::Error::other)?;
     let mut done = 0;
     while done < total {
-        match read_at(
-            host.file.as_fd(),
-            buffers.parts(),
-            start + done as u64,
-            false,
-        ) {
+        match read_at(file.as_fd(), buffers.parts(), start + done as u64, false) {
             Ok(0) => break,
             Ok(count) => {
                 buffers.advance(count as u64);
@@ -376,11 +391,11 @@ fn backing_file(
     Ok((folder.join(OsStr::from_bytes(&backing.name)), format))
 }
 
-fn refused(path: &Path, reason: impl AsRef<str>) -> BuildError {
+pub fn refused(path: &Path, reason: impl AsRef<str>) -> BuildError {
     let reason = format!("{}: {}", path.display(), reason.as_ref());
     Invalid::new("path", reason).into()
 }
 
-fn failed(path: &Path, error: io::Error) -> BuildError {
+pub fn failed(path: &Path, error: io::Error) -> BuildError {
     BuildError::host(format!("reading {}", path.display()), error)
 }

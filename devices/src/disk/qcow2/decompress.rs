@@ -86,6 +86,11 @@ impl Inflated {
         self.name == Some(name)
     }
 
+    /// Forgets it: its place in the file may come to hold something else.
+    pub fn forget(&mut self) {
+        self.name = None;
+    }
+
     /// Decompresses another one.
     pub fn fill(
         &mut self,

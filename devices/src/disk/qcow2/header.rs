@@ -13,7 +13,8 @@ const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 
 const MAX_L1_BYTES: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// The longest refcount table.
+pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_BACKING_NAME: u32 = 1023;
 
@@ -21,7 +22,8 @@ const MAX_BACKING_NAME: u32 = 1023;
 pub const OFFSET_LIMIT: u64 = 1 << 56;
 
 const DIRTY: u64 = 1 << 0;
-const CORRUPT: u64 = 1 << 1;
+/// Incompatible feature: the image contradicts itself.
+pub const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA_FILE: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
@@ -69,6 +71,25 @@ pub struct Backing {
     pub format: Option<Vec<u8>>,
 }
 
+/// What a header says that matters to a writer only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Writing {
+    /// Entries that the L1 table has.
+    pub l1_table_entries: usize,
+    /// A refcount has 2 to the power of this many bits: 0 to 6.
+    pub refcount_order: u32,
+    /// Where the refcount table begins.
+    pub refcount_table_offset: u64,
+    /// Clusters that it has.
+    pub refcount_table_clusters: u32,
+    /// Where the snapshot table begins; 0 where there are no snapshots.
+    pub snapshots_offset: u64,
+    /// Whether the refcounts may be wrong: somebody who writes them lazily did not end well.
+    pub dirty: bool,
+    /// Features that a writer must clear where it does not keep them up.
+    pub autoclear: u64,
+}
+
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -88,6 +109,8 @@ pub struct Header {
     pub compression: Compression,
     /// Whether whoever wrote to it last found that it contradicts itself.
     pub corrupt: bool,
+    /// What a writer needs to know beside.
+    pub writing: Writing,
     /// What lies below it.
     pub backing: Option<Backing>,
 }
@@ -147,6 +170,19 @@ impl Header {
         check_snapshots(&fields, cluster)?;
         let size_bytes = fields.u64(24)?;
         let (l1_offset, l1_entries) = l1_table(&fields, size_bytes, cluster, extended_l2)?;
+        let snapshots_offset = match fields.u32(60)? {
+            0 => 0,
+            _ => fields.u64(64)?,
+        };
+        let writing = Writing {
+            l1_table_entries: fields.u32(36)? as usize,
+            refcount_order: if version == 3 { fields.u32(96)? } else { 4 },
+            refcount_table_offset: fields.u64(48)?,
+            refcount_table_clusters: fields.u32(56)?,
+            snapshots_offset,
+            dirty: features & DIRTY != 0,
+            autoclear: if version == 3 { fields.u64(88)? } else { 0 },
+        };
         Ok(Self {
             version,
             cluster_bits: cluster.trailing_zeros(),
@@ -156,6 +192,7 @@ impl Header {
             extended_l2,
             compression,
             corrupt: features & CORRUPT != 0,
+            writing,
             backing: name.map(|(_, name)| Backing {
                 name,
                 format: extensions.backing_format,

@@ -12,14 +12,18 @@ use super::header::{Compression, Header, OFFSET_LIMIT};
 /// Bytes of an L2 slice, where the cluster has as many.
 const SLICE: u64 = 4096;
 
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+/// In an L2 entry: the cluster is compressed.
+pub const COMPRESSED: u64 = 1 << 62;
+/// In an L2 entry: the cluster reads as zeroes.
+pub const ZERO: u64 = 1;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// What must be 0 in the L2 entry of a cluster that is not compressed.
+pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// In L1 and L2 entries: an offset in the file.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Subclusters in a cluster.
-const SUBCLUSTERS: u64 = 32;
+pub const SUBCLUSTERS: u64 = 32;
 
 /// An entry contradicts the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,9 +54,12 @@ pub struct Compressed {
 /// How an image divides the disk.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
-    cluster_bits: u32,
-    entry_bits: u32,
-    version: u32,
+    /// A cluster has 2 to the power of this many bytes.
+    pub cluster_bits: u32,
+    /// An L2 entry has 2 to the power of this many bytes.
+    pub entry_bits: u32,
+    /// Of the format.
+    pub version: u32,
     /// How its compressed clusters are.
     pub compression: Compression,
 }
@@ -65,9 +72,9 @@ pub struct Place {
     /// Where in the L2 table its slice begins.
     pub slice_offset: u64,
     /// Index of the entry in the slice.
-    entry: usize,
+    pub entry: usize,
     /// Where in the cluster the range begins.
-    within: u64,
+    pub within: u64,
     /// How many bytes the slice describes from here on.
     pub span: u64,
 }
@@ -96,7 +103,8 @@ impl Layout {
         }
     }
 
-    fn is_extended(&self) -> bool {
+    /// Whether its clusters have subclusters.
+    pub fn is_extended(&self) -> bool {
         self.entry_bits == 4
     }
 
@@ -131,7 +139,8 @@ impl Layout {
         Ok((offset != 0).then_some(offset))
     }
 
-    fn is_aligned(&self, offset: u64) -> bool {
+    /// Whether a cluster may begin there.
+    pub fn is_aligned(&self, offset: u64) -> bool {
         offset.trailing_zeros() >= self.cluster_bits
     }
 
@@ -232,7 +241,8 @@ impl Layout {
         Ok((mapping, span))
     }
 
-    fn compressed(&self, entry: u64) -> Result<Compressed, Corrupt> {
+    /// Where the entry of a compressed cluster says that it is.
+    pub fn compressed(&self, entry: u64) -> Result<Compressed, Corrupt> {
         let length_shift = 62 - (self.cluster_bits - 8);
         let offset = entry & ((1 << length_shift) - 1);
         let sectors = ((entry & (COMPRESSED - 1)) >> length_shift) + 1;

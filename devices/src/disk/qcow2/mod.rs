@@ -1,7 +1,8 @@
 //! The qcow2 engine (QEMU's `docs/interop/qcow2.txt`).
 //!
-//! Images are read, not yet written: whatever they hold, in version 2 or 3, with plain, zero and
-//! compressed clusters (zlib and zstd), subclusters, and backing files to any sane depth.
+//! Versions 2 and 3, with plain, zero and compressed clusters (zlib and zstd), subclusters, refcounts
+//! of all widths, internal snapshots (which are kept as they are), and backing files to any sane
+//! depth. Not: external data files, encryption.
 //!
 //! ```text
 //!   header ─ parsed and checked at open, pure          chain ─ an image and what lies below it
@@ -10,8 +11,9 @@
 //!   op ───── one read of a host file, and what becomes of the bytes
 //! ```
 //!
-//! Nothing here changes a file, so the queues of an image share the chain and its cache, whose lock
-//! is held for a lookup and never over I/O.
+//! An image that is only read is served by any number of queues, which share the chain and its
+//! cache, whose lock is held for a lookup and never over I/O. One that is written to has one queue
+//! (`write`), whose thread owns the metadata.
 
 mod cache;
 mod chain;
@@ -23,21 +25,31 @@ mod queue;
 mod task;
 #[cfg(test)]
 pub(crate) mod tests;
+mod write;
 
 pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::io::Errno;
 
 use self::chain::Chain;
 use self::map::Layout;
 use self::queue::ChainQueue;
+use self::write::Writable;
 use super::{Geometry, Image, OpenOptions, Queue, SECTOR};
 use crate::config::{BuildError, Invalid};
+use crate::sandbox::Allow;
 
-/// A qcow2 image and its backing files, open for reading.
+/// What the thread of a queue that writes calls, with a ring and without.
+pub const WRITE_SYSCALLS: [&[Allow]; 2] = [write::URING_SYSCALLS, write::SYNC_SYSCALLS];
+
+/// A qcow2 image and its backing files.
 pub struct Qcow2Image {
     chain: Arc<Chain>,
+    /// `None` for an image that is only read.
+    writable: Option<Mutex<Option<Writable>>>,
     geometry: Geometry,
     serial: String,
     disable_io_uring: bool,
@@ -46,10 +58,6 @@ pub struct Qcow2Image {
 impl Qcow2Image {
     /// Opens and locks all of the chain.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
-        if !options.readonly {
-            let reason = "not supported yet: writing qcow2 images; must be true for them";
-            return Err(Invalid::new("readonly", reason).into());
-        }
         let (chain, top) = Chain::open(options)?;
         let size_bytes = chain.size_bytes();
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
@@ -61,14 +69,27 @@ impl Qcow2Image {
             return Err(Invalid::new("path", reason).into());
         }
         let unit = chain.layers.first().and_then(|top| top.layout());
-        Ok(Self {
-            geometry: Geometry {
+        let geometry = Geometry {
+            logical_block: match options.readonly {
                 // Whatever O_DIRECT asks for is done here.
-                logical_block: SECTOR as u32,
-                physical_block: top.geometry.physical_block,
-                discard_granularity: unit.map_or(SECTOR, Layout::unit_bytes) as u32,
+                true => SECTOR as u32,
+                false => top.geometry.logical_block,
             },
-            chain: Arc::new(chain),
+            physical_block: top.geometry.physical_block,
+            discard_granularity: unit.map_or(SECTOR, Layout::unit_bytes) as u32,
+        };
+        let chain = Arc::new(chain);
+        let writable = match options.readonly {
+            true => None,
+            false => {
+                let writable = Writable::open(chain.clone(), &top, &options.path)?;
+                Some(Mutex::new(Some(writable)))
+            }
+        };
+        Ok(Self {
+            geometry,
+            writable,
+            chain,
             serial: top.serial,
             disable_io_uring: options.disable_io_uring,
         })
@@ -89,6 +110,15 @@ impl Image for Qcow2Image {
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        if let Some(writable) = &self.writable {
+            let writable = writable
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            // There is one queue only.
+            let writable = writable.ok_or(io::Error::from(Errno::BUSY))?;
+            return writable.into_queue(depth, self.disable_io_uring);
+        }
         let chain = self.chain.clone();
         Ok(Box::new(ChainQueue::new(
             chain,

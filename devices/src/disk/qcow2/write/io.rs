@@ -1,0 +1,496 @@
+//! What is asked of the host: reads, writes, syncs and allocations of the image files, each a
+//! future that is ready when it is done.
+//!
+//! An operation owns its buffers from the moment it begins until the host is done with it, whether
+//! or not anybody still waits for it. Done by an io_uring, or by plain system calls where the
+//! kernel refuses to make one; through the page cache, reads of what is cached and writes are done
+//! at once.
+//!
+//! The rule that makes the `unsafe` code sound: from the moment an entry is pushed into the ring
+//! until its completion has been seen, its operation stays in its slot, untouched; [`Io`] leaks the
+//! slots when it is dropped earlier.
+#![expect(unsafe_code, reason = "hands pointers to an io_uring")]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+
+use io_uring::squeue::Entry;
+use io_uring::{opcode, types};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::super::super::buffers::{Buffers, as_iovecs, read_at, write_at};
+use super::super::super::ring::{self, Ring};
+use super::lock::locked;
+
+/// `fallocate` that gives space back.
+pub const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// What the ring may do.
+pub const OPERATIONS: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fallocate::CODE,
+    opcode::Fsync::CODE,
+];
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Fill the buffers; what is beyond the end of the file is zeroes, unless the file should be
+    /// longer.
+    Read,
+    /// Write the buffers.
+    Write,
+    /// Make all that was done before survive a power cut.
+    Sync,
+    /// Allocate `len` bytes, and make the file longer where it ends before.
+    Allocate,
+    /// Give `len` bytes back to the host.
+    Punch,
+    /// Cut the file there.
+    Truncate,
+}
+
+/// One operation on one file.
+pub struct HostOp {
+    /// Which of the files.
+    pub file: u16,
+    pub kind: Kind,
+    pub offset: u64,
+    /// Of an allocation.
+    pub len: u64,
+    /// What is left to be read or written.
+    pub buffers: Buffers,
+    /// The file should have so many bytes.
+    pub expected_bytes: u64,
+}
+
+enum Slot {
+    Free,
+    /// The host is at it, or will be. Whoever waits left a waker; nobody does any more once
+    /// `abandoned`.
+    Busy {
+        op: HostOp,
+        waker: Option<Waker>,
+        abandoned: bool,
+    },
+    Done(io::Result<()>, Buffers),
+}
+
+/// A host that a test plays.
+#[cfg(test)]
+pub trait Simulation: Send {
+    /// An operation begins.
+    fn begin(&mut self, number: usize, op: &HostOp);
+    /// Does one of those that have begun; its number.
+    fn choose(&mut self) -> Option<usize>;
+    /// Does it.
+    fn perform(&mut self, number: usize, op: &mut HostOp) -> Result<usize, Errno>;
+}
+
+/// Who does the operations.
+pub enum Backend {
+    Ring(Box<Ring>),
+    Plain,
+    #[cfg(test)]
+    Simulated(Box<dyn Simulation>),
+}
+
+/// See the module.
+pub struct Io {
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    backend: Backend,
+    files: Vec<HostFile>,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// Operations for which the ring has had no room yet.
+    backlog: VecDeque<usize>,
+    capacity: usize,
+    in_flight: usize,
+    /// A file system can't tell whether a read would wait.
+    no_nowait: bool,
+}
+
+/// A file that is operated on.
+pub struct HostFile {
+    pub file: Arc<File>,
+    /// With O_DIRECT: what file offsets must be multiples of.
+    pub direct: Option<u32>,
+}
+
+/// An operation that has begun.
+pub struct Ticket {
+    state: Arc<Mutex<State>>,
+    number: usize,
+    taken: bool,
+}
+
+impl Io {
+    /// With a ring of `capacity` entries, the backend's if it is one.
+    pub fn new(backend: Backend, files: Vec<HostFile>, capacity: usize) -> Self {
+        Self {
+            state: Arc::new(Mutex::new(State {
+                backend,
+                files,
+                slots: Vec::new(),
+                free: Vec::new(),
+                backlog: VecDeque::new(),
+                capacity,
+                in_flight: 0,
+                no_nowait: false,
+            })),
+        }
+    }
+
+    /// Whether there is a ring.
+    pub fn ring_descriptor(&self) -> Option<std::os::fd::RawFd> {
+        match &locked(&self.state).backend {
+            Backend::Ring(ring) => Some(ring.descriptor()),
+            _ => None,
+        }
+    }
+
+    /// Makes the descriptor unreadable until the next completion.
+    pub fn acknowledge(&self) {
+        if let Backend::Ring(ring) = &mut locked(&self.state).backend {
+            ring.acknowledge();
+        }
+    }
+
+    /// Begins an operation.
+    pub fn begin(&self, op: HostOp) -> Ticket {
+        let mut state = locked(&self.state);
+        let slot = Slot::Busy {
+            op,
+            waker: None,
+            abandoned: false,
+        };
+        let number = match state.free.pop() {
+            Some(number) => {
+                state.slots[number] = slot;
+                number
+            }
+            None => {
+                state.slots.push(slot);
+                state.slots.len() - 1
+            }
+        };
+        state.perform(number);
+        Ticket {
+            state: self.state.clone(),
+            number,
+            taken: false,
+        }
+    }
+
+    /// Has the host begin all that is ready to.
+    pub fn start(&self) -> io::Result<()> {
+        match &mut locked(&self.state).backend {
+            Backend::Ring(ring) => ring.start(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes what the host has done; waits for something if `wait` is set and anything is under
+    /// way. Whether there was anything.
+    pub fn harvest(&self, wait: bool) -> io::Result<bool> {
+        let mut state = locked(&self.state);
+        let state = &mut *state;
+        let mut found = false;
+        match &mut state.backend {
+            Backend::Plain => return Ok(false),
+            Backend::Ring(ring) => ring.fetch()?,
+            #[cfg(test)]
+            Backend::Simulated(simulation) => {
+                let Some(number) = simulation.choose() else {
+                    return Ok(false);
+                };
+                let Some(Slot::Busy { op, .. }) = state.slots.get_mut(number) else {
+                    return Ok(false);
+                };
+                let result = simulation.perform(number, op);
+                state.in_flight -= 1;
+                state.finished(number, result);
+                return Ok(true);
+            }
+        }
+        loop {
+            while let Backend::Ring(ring) = &mut state.backend
+                && let Some((number, result)) = ring.next()
+            {
+                found = true;
+                state.in_flight = state.in_flight.saturating_sub(1);
+                state.finished(number as usize, result);
+            }
+            while state.in_flight < state.capacity
+                && let Some(number) = state.backlog.pop_front()
+            {
+                state.submit(number);
+            }
+            if found || !wait || state.in_flight == 0 {
+                return Ok(found);
+            }
+            if let Backend::Ring(ring) = &mut state.backend {
+                ring.enter(1)?;
+            }
+        }
+    }
+
+    /// How many operations are under way.
+    pub fn in_flight(&self) -> usize {
+        let state = locked(&self.state);
+        state.in_flight + state.backlog.len()
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        let mut state = locked(&self.state);
+        if state.in_flight > 0 {
+            // The kernel may still write to what these point to.
+            std::mem::forget(std::mem::take(&mut state.slots));
+        }
+    }
+}
+
+impl State {
+    /// Has the host do an operation, at once or in its own time.
+    fn perform(&mut self, number: usize) {
+        loop {
+            let Some(Slot::Busy { op, .. }) = self.slots.get_mut(number) else {
+                return;
+            };
+            let Some(host) = self.files.get(usize::from(op.file)) else {
+                return self.done(number, Err(Errno::BADF.into()));
+            };
+            let plain = match &mut self.backend {
+                Backend::Plain => true,
+                Backend::Ring(_) => false,
+                #[cfg(test)]
+                Backend::Simulated(simulation) => {
+                    self.in_flight += 1;
+                    return simulation.begin(number, op);
+                }
+            };
+            let cached = host.direct.is_none();
+            let at_once = match op.kind {
+                Kind::Truncate => true,
+                Kind::Read => cached && !self.no_nowait,
+                Kind::Write => cached,
+                Kind::Sync | Kind::Allocate | Kind::Punch => false,
+            };
+            if !plain && !at_once {
+                break;
+            }
+            match perform(&host.file, op, !plain) {
+                Err(Errno::AGAIN) if !plain => break,
+                Err(Errno::OPNOTSUPP) if !plain && op.kind == Kind::Read => {
+                    self.no_nowait = true;
+                    break;
+                }
+                result => match finish(op, host, result) {
+                    None => {}
+                    Some(result) => return self.done(number, result),
+                },
+            }
+        }
+        if self.in_flight < self.capacity {
+            self.submit(number);
+        } else {
+            self.backlog.push_back(number);
+        }
+    }
+
+    fn submit(&mut self, number: usize) {
+        let (Some(Slot::Busy { op, .. }), Backend::Ring(ring)) =
+            (self.slots.get_mut(number), &mut self.backend)
+        else {
+            return;
+        };
+        let entry = entry(op).user_data(number as u64);
+        // SAFETY: the entry points to memory that the op's buffers keep alive, and the op stays in
+        // its slot until the completion is seen (see the module). That the vector of slots moves
+        // moves the op, but not what it points to: the array of parts is on the heap.
+        if unsafe { ring.push(&entry) } {
+            self.in_flight += 1;
+        } else {
+            // Can't be: there is room for `capacity`.
+            self.done(number, Err(Errno::BUSY.into()));
+        }
+    }
+
+    /// Takes the result of a step that went through the ring.
+    fn finished(&mut self, number: usize, result: Result<usize, Errno>) {
+        let Some(Slot::Busy { op, .. }) = self.slots.get_mut(number) else {
+            return;
+        };
+        let Some(host) = self.files.get(usize::from(op.file)) else {
+            return;
+        };
+        match finish(op, host, result) {
+            None => self.perform(number),
+            Some(result) => self.done(number, result),
+        }
+    }
+
+    fn done(&mut self, number: usize, result: io::Result<()>) {
+        let Some(slot) = self.slots.get_mut(number) else {
+            return;
+        };
+        let Slot::Busy {
+            op,
+            waker,
+            abandoned,
+        } = std::mem::replace(slot, Slot::Free)
+        else {
+            return;
+        };
+        if abandoned {
+            self.free.push(number);
+            return;
+        }
+        *slot = Slot::Done(result, op.buffers);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Ticket {
+    /// Waits until it is done; gives the buffers back, of which nothing is left.
+    pub async fn wait(mut self) -> (io::Result<()>, Buffers) {
+        poll_fn(|context| {
+            let mut state = locked(&self.state);
+            let state = &mut *state;
+            let Some(slot) = state.slots.get_mut(self.number) else {
+                return Poll::Ready((Err(Errno::IO.into()), Buffers::default()));
+            };
+            match std::mem::replace(slot, Slot::Free) {
+                Slot::Done(result, buffers) => {
+                    state.free.push(self.number);
+                    self.taken = true;
+                    Poll::Ready((result, buffers))
+                }
+                Slot::Busy { op, abandoned, .. } => {
+                    *slot = Slot::Busy {
+                        op,
+                        waker: Some(context.waker().clone()),
+                        abandoned,
+                    };
+                    Poll::Pending
+                }
+                Slot::Free => Poll::Ready((Err(Errno::IO.into()), Buffers::default())),
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        let mut state = locked(&self.state);
+        let state = &mut *state;
+        match state.slots.get_mut(self.number) {
+            Some(Slot::Busy { abandoned, .. }) => *abandoned = true,
+            Some(slot @ Slot::Done(..)) => {
+                *slot = Slot::Free;
+                state.free.push(self.number);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// One system call.
+fn perform(file: &File, op: &HostOp, nowait: bool) -> Result<usize, Errno> {
+    let bytes = |result: io::Result<usize>| {
+        result.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))
+    };
+    let allocate = |mode| rustix::fs::fallocate(file, mode, op.offset, op.len).map(|()| 0);
+    match op.kind {
+        Kind::Read => bytes(read_at(file.as_fd(), op.buffers.parts(), op.offset, nowait)),
+        Kind::Write => bytes(write_at(file.as_fd(), op.buffers.parts(), op.offset, false)),
+        Kind::Sync => rustix::fs::fdatasync(file).map(|()| 0),
+        Kind::Allocate => allocate(FallocateFlags::empty()),
+        Kind::Punch => allocate(FallocateFlags::from_bits_retain(PUNCH_HOLE as u32)),
+        Kind::Truncate => rustix::fs::ftruncate(file, op.offset).map(|()| 0),
+    }
+}
+
+/// Takes the result of a step; `None` where another one must follow.
+fn finish(
+    op: &mut HostOp,
+    host: &HostFile,
+    result: Result<usize, Errno>,
+) -> Option<io::Result<()>> {
+    let count = match result {
+        Ok(count) => count as u64,
+        Err(Errno::INTR) => return None,
+        Err(error) => return Some(Err(error.into())),
+    };
+    if !matches!(op.kind, Kind::Read | Kind::Write) {
+        return Some(Ok(()));
+    }
+    op.offset = op.offset.saturating_add(count);
+    op.buffers.advance(count);
+    if op.buffers.len_bytes() == 0 {
+        return Some(Ok(()));
+    }
+    let unit = u64::from(host.direct.unwrap_or(1).max(1));
+    if count > 0 && op.offset.is_multiple_of(unit) {
+        return None;
+    }
+    if op.kind == Kind::Write {
+        return Some(Err(io::ErrorKind::WriteZero.into()));
+    }
+    if op.offset < op.expected_bytes {
+        return Some(Err(io::ErrorKind::UnexpectedEof.into()));
+    }
+    op.buffers.zero();
+    Some(Ok(()))
+}
+
+fn entry(op: &HostOp) -> Entry {
+    let file = types::Fixed(op.file.into());
+    let parts = op.buffers.parts();
+    match op.kind {
+        Kind::Read => ring::read(op.file.into(), parts, op.offset),
+        Kind::Write => match parts {
+            [part] => opcode::Write::new(file, part.start(), ring::short(part))
+                .offset(op.offset)
+                .build(),
+            parts => opcode::Writev::new(file, as_iovecs(parts), parts.len() as u32)
+                .offset(op.offset)
+                .build(),
+        },
+        Kind::Allocate | Kind::Punch => {
+            let mode = if op.kind == Kind::Punch {
+                PUNCH_HOLE
+            } else {
+                0
+            };
+            opcode::Fallocate::new(file, op.len)
+                .offset(op.offset)
+                .mode(mode)
+                .build()
+        }
+        // Truncation is never put into the ring.
+        Kind::Sync | Kind::Truncate => opcode::Fsync::new(file)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+    }
+}

@@ -1,0 +1,40 @@
+//! Writing.
+//!
+//! One thread owns the metadata of an image that is written to; its requests are futures ([`queue`])
+//! that go on when the host has done what they wait for ([`io`]).
+//!
+//! ```text
+//!   request ── what a request does        lock ────── who waits for whom
+//!   engine ─── tables in memory, reads    allocate ── free space, refcounts
+//!   flush ──── what is written when       open ────── what is found out before the first request
+//!   cluster, refcounts, extents, pages ── pure
+//! ```
+//!
+//! The order in which things reach the disk is in [`flush`]; it holds at every moment, so an image
+//! whose process was killed, or whose host lost its power, opens as if nothing had happened: what
+//! was flushed is there, and at most some clusters leak.
+
+mod allocate;
+mod cluster;
+mod engine;
+mod extents;
+mod flush;
+mod io;
+mod lock;
+mod open;
+mod pages;
+mod queue;
+mod refcounts;
+mod request;
+#[cfg(test)]
+mod tests;
+
+pub use open::Writable;
+pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
+
+/// The most bytes that go through memory of our own in one operation.
+const BOUNCE: u64 = 256 << 10;
+/// About so many bytes are copied at a time, to keep what a write does not cover.
+const COPY_BYTES: u64 = 16 << 20;
+/// The most bytes of clean L2 tables and refcount blocks kept in memory.
+const CACHE_BYTES: usize = 32 << 20;

@@ -1,0 +1,280 @@
+//! What is found out about an image before it is written to, on the VMM thread.
+//!
+//! The time it takes does not depend on how much the image holds: only the tables of the first
+//! level are read, and the refcounts before the end of the file.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use super::super::super::ring::{self, Ring};
+use super::super::super::{Queue, SECTOR};
+use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
+use super::super::header::Header;
+use super::super::map::Layout;
+use super::CACHE_BYTES;
+use super::engine::{Engine, Tables};
+use super::extents::{Extents, Run};
+use super::io::{Backend, HostFile, Io, OPERATIONS};
+use super::lock::RangeLock;
+use super::pages::Pages;
+use super::queue::WriteQueue;
+use super::refcounts::Widths;
+use crate::config::{BuildError, Invalid};
+
+/// Entries of the ring, beside one for each request.
+const EXTRA_OPS: u16 = 64;
+/// Bytes of refcounts that are looked at for the end of what is in use.
+const MAX_BYTES: usize = 16 << 20;
+
+/// An image that can be written to, until its queue is opened.
+pub struct Writable {
+    chain: Arc<Chain>,
+    layout: Layout,
+    widths: Widths,
+    block_bytes: u64,
+    tables: Tables,
+}
+
+impl Writable {
+    /// Checks that the topmost image can be written to, and reads what is needed for it. Changes
+    /// nothing.
+    pub fn open(chain: Arc<Chain>, top: &Top, path: &Path) -> Result<Self, BuildError> {
+        let header = &top.header;
+        let layer = chain.layers.first();
+        let layer = layer.ok_or_else(|| refused(path, "there is no image"))?;
+        let layout = Layout::new(header);
+        check(header, &layout, layer, path)?;
+        let block_bytes = block_bytes(layer);
+        let read = |what: &str, offset, len| {
+            let bytes = read_file(&layer.file, layer.direct, offset, len);
+            let bytes = bytes.map_err(|e| failed(path, e))?;
+            match bytes.len() == len {
+                true => Ok(bytes),
+                false => Err(refused(path, format!("the file ends within its {what}"))),
+            }
+        };
+        let writing = &header.writing;
+        let cluster = layout.cluster_bytes() as u64;
+        let widths = Widths {
+            order: writing.refcount_order,
+            cluster_bits: header.cluster_bits,
+        };
+        let first = read("header", 0, block_bytes as usize)?;
+        let l1 = words(&read(
+            "L1 table",
+            header.l1_offset,
+            writing.l1_table_entries * 8,
+        )?);
+        let table_bytes = u64::from(writing.refcount_table_clusters) * cluster;
+        let refcounts = words(&read(
+            "refcount table",
+            writing.refcount_table_offset,
+            table_bytes as usize,
+        )?);
+        let misplaced = |entry: &&u64| !layout.is_aligned(**entry);
+        if let Some(entry) = refcounts.iter().find(misplaced) {
+            return Err(refused(path, format!("a refcount block is at {entry:#x}")));
+        }
+        let mut tables = Tables {
+            size_bytes: header.size_bytes,
+            header: first,
+            l1_offset: header.l1_offset,
+            l1,
+            l1_changed: HashMap::new(),
+            l1_version: 0,
+            refcounts,
+            refcounts_offset: writing.refcount_table_offset,
+            pages: Pages::new(CACHE_BYTES / layout.slice_bytes()),
+            reserved: HashSet::new(),
+            free: Extents::default(),
+            end: 0,
+            barrier: false,
+            unlinked: Vec::new(),
+            lost: None,
+            autoclear: writing.autoclear != 0,
+            no_allocate: false,
+            corruption_logged: false,
+            used: false,
+            loading: HashMap::new(),
+            flushes: (0, 0),
+        };
+        reserve(&mut tables, &layout, header);
+        find_end(&mut tables, &layout, widths, layer, path)?;
+        Ok(Self {
+            layout,
+            widths,
+            block_bytes,
+            tables,
+            chain,
+        })
+    }
+
+    /// The only queue there is for it.
+    pub fn into_queue(self, depth: u16, disable_io_uring: bool) -> io::Result<Box<dyn Queue>> {
+        let capacity = depth.saturating_add(EXTRA_OPS);
+        let backend = match disable_io_uring {
+            true => Backend::Plain,
+            false => {
+                let files = self.chain.layers.iter().map(|layer| layer.file.as_raw_fd());
+                let files: Vec<_> = files.collect();
+                match Ring::new(capacity.into(), &files, &OPERATIONS) {
+                    Ok(ring) => Backend::Ring(Box::new(ring)),
+                    Err(error) if ring::is_refusal(&error) => {
+                        tracing::warn!(%error, "no io_uring; using plain system calls");
+                        Backend::Plain
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        let engine = self.into_engine(backend, capacity.into());
+        Ok(Box::new(WriteQueue::new(Arc::new(engine), depth)))
+    }
+
+    /// The same, to look inside.
+    #[cfg(test)]
+    pub fn for_test(self, sync: bool) -> WriteQueue {
+        let depth = super::tests::DEPTH;
+        let files = self.chain.layers.iter().map(|layer| layer.file.as_raw_fd());
+        let files: Vec<_> = files.collect();
+        let backend = match Ring::new((depth + EXTRA_OPS).into(), &files, &OPERATIONS) {
+            Ok(ring) if !sync => Backend::Ring(Box::new(ring)),
+            _ => Backend::Plain,
+        };
+        let engine = self.into_engine(backend, (depth + EXTRA_OPS).into());
+        WriteQueue::new(Arc::new(engine), depth)
+    }
+
+    /// The engine, over whoever does its operations.
+    pub fn into_engine(self, backend: Backend, capacity: usize) -> Engine {
+        let file = |layer: &Layer| HostFile {
+            file: layer.file.clone(),
+            direct: layer.direct.map(|direct| direct.file),
+        };
+        let files = self.chain.layers.iter().map(file).collect();
+        Engine {
+            layout: self.layout,
+            widths: self.widths,
+            block_bytes: self.block_bytes,
+            direct: self.chain.layers.first().and_then(|layer| layer.direct),
+            has_backing: self.chain.layers.len() > 1,
+            io: Io::new(backend, files, capacity),
+            tables: Mutex::new(self.tables),
+            clusters: RangeLock::default(),
+            allocating: RangeLock::default(),
+            flushing: RangeLock::default(),
+            copies: RangeLock::default(),
+            inflated: Mutex::default(),
+            chain: self.chain,
+        }
+    }
+}
+
+fn block_bytes(layer: &Layer) -> u64 {
+    layer.direct.map_or(SECTOR, |direct| direct.file.into())
+}
+
+fn check(header: &Header, layout: &Layout, layer: &Layer, path: &Path) -> Result<(), BuildError> {
+    let no = |reason: &str| Err(refused(path, reason));
+    if layer.block_device {
+        return no("not supported yet: writing a qcow2 image on a block device");
+    }
+    if header.corrupt {
+        return no(
+            "it is marked as corrupt, and can only be read (`readonly`) until it is repaired",
+        );
+    }
+    if header.writing.dirty {
+        return no(
+            "its refcounts are not up to date (dirty bit): it was not closed cleanly; repair it \
+             first (`qemu-img check -r all`), or open it `readonly`",
+        );
+    }
+    let block = block_bytes(layer);
+    let error = match block {
+        _ if layout.unit_bytes() < block => "has smaller clusters or subclusters",
+        _ if !header.size_bytes.is_multiple_of(block) => "has a size that is no multiple of it",
+        _ => return Ok(()),
+    };
+    let path = path.display();
+    let reason = format!("the host disk transfers {block} bytes at a time, and {path} {error}");
+    Err(Invalid::new("direct", reason).into())
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    let (words, _) = bytes.as_chunks();
+    words.iter().copied().map(u64::from_be_bytes).collect()
+}
+
+/// Notes which clusters hold metadata.
+fn reserve(tables: &mut Tables, layout: &Layout, header: &Header) {
+    let cluster = layout.cluster_bytes() as u64;
+    let l1_bytes = tables.l1.len() as u64 * 8;
+    let refcount_bytes = tables.refcounts.len() as u64 * 8;
+    let areas = [
+        (0, cluster),
+        (tables.l1_offset, l1_bytes),
+        (tables.refcounts_offset, refcount_bytes),
+        (header.writing.snapshots_offset, 1),
+    ];
+    for (start, len) in areas {
+        let clusters = (start..start + len).step_by(cluster as usize);
+        tables.reserved.extend(clusters);
+    }
+    let blocks = tables.refcounts.iter().copied().filter(|entry| *entry != 0);
+    tables.reserved.extend(blocks);
+    let l2 = tables
+        .l1
+        .iter()
+        .filter_map(|entry| layout.l2_table(*entry).ok()?);
+    tables.reserved.extend(l2);
+}
+
+/// Finds the end of the file, and what is free before it.
+fn find_end(
+    tables: &mut Tables,
+    layout: &Layout,
+    widths: Widths,
+    layer: &Layer,
+    path: &Path,
+) -> Result<(), BuildError> {
+    let bits = layout.cluster_bits;
+    let mut used = None;
+    let mut left = MAX_BYTES;
+    let blocks = tables.refcounts.iter().enumerate().rev();
+    for (block, &offset) in blocks.filter(|(_, offset)| **offset != 0) {
+        let bytes = read_file(&layer.file, layer.direct, offset, layout.cluster_bytes());
+        let bytes = bytes.map_err(|e| failed(path, e))?;
+        left = left.saturating_sub(bytes.len().max(SECTOR as usize));
+        // After so many it does not matter any more where exactly.
+        let last = match left {
+            0 => Some(layout.cluster_bytes() - 1),
+            _ => bytes.iter().rposition(|byte| *byte != 0),
+        };
+        if let Some(byte) = last {
+            // The last refcount that this byte has a part of.
+            let index = widths.in_bytes(byte + 1).max(1) - 1;
+            let index = index.max((byte as u64) << 3 >> widths.order);
+            let first = (block as u64).saturating_mul(widths.per_block());
+            used = first.checked_add(index + 1);
+            break;
+        }
+    }
+    let file_end = layer.file_bytes.div_ceil(1 << bits);
+    let limit = super::super::header::OFFSET_LIMIT >> bits;
+    let used = match used {
+        Some(used) if used <= limit => used,
+        _ => return Err(refused(path, "its refcounts say that nothing is in use")),
+    };
+    tables.end = file_end.max(used) << bits;
+    tables.free.insert(Run {
+        first: used,
+        count: file_end.saturating_sub(used),
+        // Of what was written there before a crash nobody knows.
+        zero: false,
+    });
+    Ok(())
+}

@@ -1,0 +1,295 @@
+//! The requests of a writable image: each is a future, gone on with when the host has done what it
+//! waits for.
+//!
+//! All of it is on one thread, which owns the image's metadata; there is no other queue.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::os::fd::RawFd;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+
+use rustix::io::Errno;
+
+use super::super::super::ring;
+use super::super::super::{Buffers, Completion, Operation, Queue, Request};
+use super::engine::Engine;
+use super::io::PUNCH_HOLE;
+use super::lock::locked;
+use crate::allow;
+use crate::sandbox::{Allow, Test};
+
+/// What the thread of a queue with a ring needs.
+pub const URING_SYSCALLS: &[Allow] = &[
+    ring::ENTER,
+    ring::ENABLE,
+    // Through the page cache.
+    allow!(preadv2),
+    allow!(pwritev),
+    allow!(pwritev2),
+    // When it is closed.
+    allow!(ftruncate),
+];
+
+/// What the thread of a queue without one needs.
+pub const SYNC_SYSCALLS: &[Allow] = &[
+    allow!(preadv),
+    allow!(preadv2),
+    allow!(pwritev),
+    allow!(pwritev2),
+    allow!(fdatasync),
+    allow!(fallocate, 1 => Test::Is(0)),
+    allow!(fallocate, 1 => Test::Is(PUNCH_HOLE as u32)),
+    allow!(ftruncate),
+];
+
+type Work = Pin<Box<dyn Future<Output = (io::Result<()>, Buffers)> + Send>>;
+
+struct Task {
+    tag: u16,
+    work: Option<Work>,
+}
+
+/// Tasks to go on with.
+type Ready = Arc<Mutex<VecDeque<usize>>>;
+
+struct TaskWaker {
+    number: usize,
+    ready: Ready,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        locked(&self.ready).push_back(self.number);
+    }
+}
+
+/// See the module.
+pub struct WriteQueue {
+    tasks: Vec<Task>,
+    wakers: Vec<Waker>,
+    ready: Ready,
+    free: Vec<usize>,
+    depth: usize,
+    done: Vec<Completion>,
+    engine: Arc<Engine>,
+    has_ring: bool,
+    closed: bool,
+}
+
+impl WriteQueue {
+    /// The queue of an engine, which holds up to `depth` requests.
+    pub fn new(engine: Arc<Engine>, depth: u16) -> Self {
+        // One more, to close the image.
+        let count = usize::from(depth) + 1;
+        let ready = Ready::default();
+        let waker = |number| {
+            let ready = ready.clone();
+            Waker::from(Arc::new(TaskWaker { number, ready }))
+        };
+        Self {
+            tasks: (0..count).map(|_| Task { tag: 0, work: None }).collect(),
+            wakers: (0..count).map(waker).collect(),
+            ready,
+            free: (0..count).rev().collect(),
+            depth: depth.into(),
+            done: Vec::with_capacity(depth.into()),
+            has_ring: engine.io.ring_descriptor().is_some(),
+            engine,
+            closed: false,
+        }
+    }
+
+    fn spawn(&mut self, tag: u16, work: Work) {
+        let Some(number) = self.free.pop() else {
+            return;
+        };
+        self.tasks[number] = Task {
+            tag,
+            work: Some(work),
+        };
+        self.advance(number);
+        self.run();
+    }
+
+    /// Goes on with all that can.
+    fn run(&mut self) {
+        loop {
+            let next = locked(&self.ready).pop_front();
+            match next {
+                Some(number) => self.advance(number),
+                None => return,
+            }
+        }
+    }
+
+    fn advance(&mut self, number: usize) {
+        let (Some(task), Some(waker)) = (self.tasks.get_mut(number), self.wakers.get(number))
+        else {
+            return;
+        };
+        let Some(work) = &mut task.work else {
+            // It was woken twice.
+            return;
+        };
+        let Poll::Ready((result, buffers)) = work.as_mut().poll(&mut Context::from_waker(waker))
+        else {
+            return;
+        };
+        task.work = None;
+        self.free.push(number);
+        self.done.push(Completion {
+            tag: task.tag,
+            result,
+            buffers,
+        });
+    }
+
+    /// Whether the engine has given up.
+    #[cfg(test)]
+    pub fn is_lost(&self) -> bool {
+        self.engine.alive().is_err()
+    }
+
+    fn busy(&self) -> usize {
+        self.tasks.len() - self.free.len()
+    }
+
+    fn check(&self, request: &Request) -> Result<(), Errno> {
+        if self.busy() >= self.depth {
+            return Err(Errno::BUSY);
+        }
+        if request.operation == Operation::Flush {
+            return Ok(());
+        }
+        let end = request.offset.checked_add(request.length);
+        let size_bytes = locked(&self.engine.tables).size_bytes;
+        let transfer = matches!(request.operation, Operation::Read | Operation::Write { .. });
+        let writes = request.operation != Operation::Read;
+        let unit = match self.engine.direct {
+            Some(direct) if writes => u64::from(direct.file),
+            _ => 1,
+        };
+        let fits = !transfer || request.buffers.len_bytes() == request.length;
+        let aligned = (request.offset | request.length).is_multiple_of(unit);
+        let inside = end.is_some_and(|end| end <= size_bytes);
+        match fits && aligned && inside {
+            true => Ok(()),
+            false => Err(Errno::INVAL),
+        }
+    }
+
+    /// Takes what the host has done, and goes on.
+    fn harvest(&mut self, wait: bool) -> io::Result<bool> {
+        let found = self.engine.io.harvest(wait)?;
+        self.run();
+        self.engine.io.start()?;
+        Ok(found)
+    }
+
+    /// Ends all requests, writes all metadata and gives back what was allocated ahead.
+    pub fn close(&mut self) -> io::Result<()> {
+        if std::mem::replace(&mut self.closed, true) {
+            return Ok(());
+        }
+        while self.busy() > 0 {
+            if !self.harvest(true)? && self.engine.io.in_flight() == 0 {
+                return Err(Errno::IO.into());
+            }
+        }
+        let engine = self.engine.clone();
+        self.spawn(
+            0,
+            Box::pin(async move {
+                engine.close().await;
+                (Ok(()), Buffers::default())
+            }),
+        );
+        while self.busy() > 0 {
+            if !self.harvest(true)? && self.engine.io.in_flight() == 0 {
+                return Err(Errno::IO.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Queue for WriteQueue {
+    fn push(&mut self, request: Request) {
+        let Request {
+            tag,
+            operation,
+            offset,
+            length,
+            ..
+        } = request;
+        if let Err(error) = self.check(&request) {
+            self.done.push(Completion {
+                tag,
+                result: Err(error.into()),
+                buffers: request.buffers,
+            });
+            return;
+        }
+        let engine = self.engine.clone();
+        let mut buffers = request.buffers;
+        self.spawn(
+            tag,
+            Box::pin(async move {
+                let result = engine
+                    .execute(operation, offset, length, &mut buffers)
+                    .await;
+                (result, buffers)
+            }),
+        );
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        self.engine.io.start()
+    }
+
+    fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
+        self.harvest(false)?;
+        completed.append(&mut self.done);
+        Ok(())
+    }
+
+    fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
+        loop {
+            let found = self.harvest(self.done.is_empty())?;
+            if !self.done.is_empty() || (!found && self.engine.io.in_flight() == 0) {
+                completed.append(&mut self.done);
+                return Ok(());
+            }
+        }
+    }
+
+    fn held(&self) -> usize {
+        self.busy() + self.done.len()
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        self.engine.io.ring_descriptor()
+    }
+
+    fn acknowledge(&mut self) {
+        self.engine.io.acknowledge();
+    }
+
+    fn syscalls(&self) -> &'static [Allow] {
+        match self.has_ring {
+            true => URING_SYSCALLS,
+            false => SYNC_SYSCALLS,
+        }
+    }
+}
+
+impl Drop for WriteQueue {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "closing a qcow2 image");
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Power cuts and faults, over a host that the test plays.
+
+use super::sim::{Player, Shared, host};
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+/// An image over a raw file of stamped sectors, or over nothing.
+struct Setup {
+    folder: tempfile::TempDir,
+    path: std::path::PathBuf,
+    backing: Option<(std::path::PathBuf, Vec<u8>)>,
+    size: u64,
+}
+
+impl Setup {
+    fn new(kind: &str, overlay: bool, snapshot: bool, size: u64) -> Option<Self> {
+        let folder = qemu::folder()?;
+        let at = folder.path();
+        let backing = overlay.then(|| {
+            let sectors = (0..size / 512).flat_map(|n| bytes_of(n << 32 | 0xee));
+            let bytes: Vec<u8> = sectors.collect();
+            let path = at.join("base.raw");
+            std::fs::write(&path, &bytes).unwrap();
+            (path, bytes)
+        });
+        let mut options = kind.to_string();
+        if let Some((path, _)) = &backing {
+            options += &format!(",backing_file={},backing_fmt=raw", path.display());
+        }
+        let path = qemu::create(at, "image.qcow2", &options, size);
+        if snapshot {
+            // What is there is of one kind, so that it can be told from what is foreign.
+            qemu::io(&path, &[format!("write -z 0 {}", size / 4)]);
+            qemu::io(&path, &[format!("write -P 0 {} {}", size / 2, size / 8)]);
+            qemu::img(&format!("snapshot -c one {}", path.display()));
+        }
+        Some(Self {
+            folder,
+            path,
+            backing,
+            size,
+        })
+    }
+
+    fn backing(&self) -> &[u8] {
+        self.backing.as_ref().map_or(&[], |(_, bytes)| bytes)
+    }
+
+    fn driver(&self, seed: u64) -> (Driver, Shared) {
+        let below: Vec<&Path> = self.backing.iter().map(|(p, _)| p.as_path()).collect();
+        let shared = host(&self.path, &below, seed);
+        let content = qemu::content(&self.path);
+        assert_eq!(content.len() as u64, self.size);
+        let player = Box::new(Player(shared.clone()));
+        let writable = writable(&options(&self.path, false, true));
+        let engine = writable.into_engine(Backend::Simulated(player), 256);
+        let queue = WriteQueue::new(Arc::new(engine), DEPTH);
+        let mut driver = Driver::new(queue, &content, seed);
+        let clock = shared.clone();
+        driver.clock = Box::new(move || {
+            let mut host = clock.lock().unwrap();
+            host.now += 1;
+            host.now
+        });
+        driver.longest = 100;
+        (driver, shared)
+    }
+
+    /// Has qemu-img look at a state, too.
+    fn ask_qemu(&self, bytes: &[u8]) {
+        let path = self.folder.path().join("state.qcow2");
+        std::fs::write(&path, bytes).unwrap();
+        let checked = std::process::Command::new("qemu-img")
+            .args(["check", "-q", "-f", "qcow2", path.to_str().unwrap()])
+            .output()
+            .unwrap();
+        // 3: there are leaks, and nothing else.
+        let code = checked.status.code();
+        let said = String::from_utf8_lossy(&checked.stdout);
+        assert!(matches!(code, Some(0 | 3)), "{code:?}: {said}");
+    }
+}
+
+/// What every sector may hold after a cut at `time`.
+fn assert_survived(driver: &Driver, content: &[Option<[u8; 512]>], time: u64) {
+    let flushed = driver
+        .flushes
+        .iter()
+        .filter(|(_, done)| *done <= time)
+        .map(|(begun, _)| *begun)
+        .max()
+        .unwrap_or(0);
+    let mut flushed_sectors = vec![flushed; driver.sectors.len()];
+    for (sector, begun, done) in &driver.durable {
+        if *done <= time {
+            let last = &mut flushed_sectors[*sector as usize];
+            *last = (*last).max(begun + 1);
+        }
+    }
+    for (number, (sector, bytes)) in (0..).zip(driver.sectors.iter().zip(content)) {
+        let bytes = bytes.as_ref().unwrap();
+        let flushed = flushed_sectors[number as usize];
+        let begun: Vec<_> = sector.values.iter().filter(|v| v.0 <= time).collect();
+        // The last that was complete before the flush began; nothing older may be there.
+        let first = begun
+            .iter()
+            .rposition(|value| {
+                value.1 < flushed
+                    || (value.0 < flushed && value.1 <= time && {
+                        // Written durably itself.
+                        driver
+                            .durable
+                            .iter()
+                            .any(|(s, b, d)| *s == number && *b == value.0 && *d <= time)
+                    })
+            })
+            .unwrap_or(0);
+        let found = stamp_of(bytes);
+        let allowed = begun[first..].iter().any(|value| match value.2 {
+            Value::Stamp(stamp) => found == Some(stamp),
+            Value::Any => {
+                sector.assert_known(bytes, number);
+                true
+            }
+        });
+        assert!(
+            allowed,
+            "cut at {time}, flushed at {flushed}: sector {number} holds {found:x?}, of {:x?}",
+            sector.values
+        );
+    }
+}
+
+fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
+    let (mut driver, shared) = setup.driver(seed);
+    driver.run(operations);
+    assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+    let end = shared.lock().unwrap().now;
+    let mut random = Random(seed ^ 0x5555);
+    for cut in 0..cuts {
+        let time = random.below(end + 1);
+        let bytes = shared.lock().unwrap().after_cut(time, &mut random);
+        let image = check::Image::new(&bytes);
+        image.check();
+        assert_survived(&driver, &image.content(setup.backing()), time);
+        if cut % 50 == 0 {
+            setup.ask_qemu(&bytes);
+        }
+        if cut % 100 == 7 {
+            reopen(setup, &bytes, seed + cut);
+        }
+    }
+    driver.flush();
+    driver.queue.close().unwrap();
+    let bytes = shared.lock().unwrap().bytes.clone();
+    let image = check::Image::new(&bytes);
+    assert_eq!(image.check(), 0, "leaks");
+    setup.ask_qemu(&bytes);
+    let sectors = image.content(setup.backing());
+    let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
+    driver.compare(&content);
+}
+
+/// Goes on with an image after a power cut.
+fn reopen(setup: &Setup, bytes: &[u8], seed: u64) {
+    let path = setup.folder.path().join("again.qcow2");
+    std::fs::write(&path, bytes).unwrap();
+    let content = qemu::content(&path);
+    let queue = writable(&options(&path, false, false)).for_test(false);
+    let mut driver = Driver::new(queue, &content, seed);
+    driver.run(60);
+    assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+    driver.queue.close().unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    check::Image::new(&bytes).check();
+    setup.ask_qemu(&bytes);
+    let Driver { queue, sectors, .. } = driver;
+    drop(queue);
+    let after = qemu::content(&path);
+    for (number, (sector, bytes)) in (0..).zip(sectors.iter().zip(after.chunks(512))) {
+        sector.assert_now(bytes, number);
+    }
+}
+
+const KINDS: [(&str, bool, bool); 9] = [
+    ("cluster_size=64k", false, false),
+    ("cluster_size=4k", false, false),
+    ("cluster_size=512,refcount_bits=64", false, false),
+    ("cluster_size=64k", true, false),
+    ("cluster_size=4k", true, false),
+    ("extended_l2=on,cluster_size=16k", true, false),
+    ("extended_l2=on,cluster_size=64k", false, true),
+    ("cluster_size=4k", false, true),
+    ("compat=0.10,cluster_size=4k", true, true),
+];
+
+#[test]
+fn a_power_cut_at_any_moment_leaves_leaks_at_most_and_loses_nothing_flushed() {
+    let states: u64 = match std::env::var("BALLAST_POWER_CUTS") {
+        Ok(count) => count.parse().unwrap(),
+        Err(_) => 40,
+    };
+    for (number, (kind, overlay, snapshot)) in (1..).zip(KINDS) {
+        let Some(setup) = Setup::new(kind, overlay, snapshot, 2 * MIB) else {
+            return;
+        };
+        for seed in 1..=2 {
+            power_cuts(&setup, number * 1000 + seed, 120, states);
+        }
+    }
+}
+
+/// Every operation on the host fails once, in turn.
+fn faults(setup: &Setup, errno: Errno, step: u64) {
+    let count = {
+        let (mut driver, shared) = setup.driver(7);
+        driver.run(60);
+        driver.queue.close().unwrap();
+        shared.lock().unwrap().changes
+    };
+    assert!(count > 60);
+    for which in (0..count).step_by(step as usize) {
+        let (mut driver, shared) = setup.driver(7);
+        shared.lock().unwrap().fail = Some((which, errno));
+        driver.run(60);
+        let failed = driver.errors.len();
+        let closing = shared.lock().unwrap().changes <= which;
+        driver.queue.close().unwrap();
+        assert!(shared.lock().unwrap().changes > which, "{which} of {count}");
+        let bytes = shared.lock().unwrap().bytes.clone();
+        let image = check::Image::new(&bytes);
+        image.check();
+        let lost = driver.queue.is_lost();
+        // What was not flushed before is lost if it is the last flush that fails.
+        if lost || closing {
+            continue;
+        }
+        // One fault is told at most to one request of each kind that waited for it.
+        assert!(failed <= usize::from(DEPTH), "{failed}");
+        let sectors = image.content(setup.backing());
+        let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
+        driver.compare(&content);
+    }
+}
+
+#[test]
+fn a_fault_of_the_host_is_told_and_harms_nothing_else() {
+    for (kind, overlay, snapshot) in [
+        ("cluster_size=4k", true, false),
+        ("cluster_size=512,refcount_bits=64", false, false),
+        ("extended_l2=on,cluster_size=16k", true, true),
+    ] {
+        let Some(setup) = Setup::new(kind, overlay, snapshot, 2 * MIB) else {
+            return;
+        };
+        faults(&setup, Errno::IO, 7);
+        faults(&setup, Errno::NOSPC, 7);
+    }
+}
+
+#[test]
+fn a_full_host_is_told_and_what_was_refused_succeeds_when_there_is_room() {
+    for (kind, overlay) in [("cluster_size=64k", false), ("cluster_size=4k", true)] {
+        let Some(setup) = Setup::new(kind, overlay, false, 4 * MIB) else {
+            return;
+        };
+        let (mut driver, shared) = setup.driver(3);
+        shared.lock().unwrap().room = 2 * MIB as usize;
+        for _ in 0..20 {
+            if driver.errors.is_empty() {
+                driver.run(100);
+            }
+        }
+        let full = |error: &io::Error| error.raw_os_error() == Some(libc::ENOSPC);
+        let errors = &driver.errors;
+        assert!(!errors.is_empty() && errors.iter().all(full), "{errors:?}");
+        driver.flush();
+        driver.errors.clear();
+        shared.lock().unwrap().room = usize::MAX;
+        driver.run(300);
+        driver.flush();
+        assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+        driver.queue.close().unwrap();
+        let bytes = shared.lock().unwrap().bytes.clone();
+        let image = check::Image::new(&bytes);
+        assert_eq!(image.check(), 0);
+        let sectors = image.content(setup.backing());
+        let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
+        driver.compare(&content);
+    }
+}

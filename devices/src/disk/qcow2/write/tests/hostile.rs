@@ -1,0 +1,163 @@
+//! Images that must not be written to, or that lie.
+
+use super::*;
+use crate::config::BuildError;
+
+const MIB: u64 = 1 << 20;
+
+fn refusal(path: &Path) -> String {
+    let options = options(path, false, false);
+    let opened = Chain::open(&options)
+        .and_then(|(chain, top)| Writable::open(Arc::new(chain), &top, &options.path));
+    match opened {
+        Ok(_) => panic!("{} was accepted", path.display()),
+        Err(BuildError::Invalid(invalid)) => format!("{}: {}", invalid.field, invalid.reason),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+fn patch(path: &Path, offset: usize, bytes: &[u8]) {
+    let mut image = std::fs::read(path).unwrap();
+    image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    std::fs::write(path, image).unwrap();
+}
+
+fn word(path: &Path, offset: u64) -> u64 {
+    let image = std::fs::read(path).unwrap();
+    let at = offset as usize;
+    u64::from_be_bytes(image[at..at + 8].try_into().unwrap())
+}
+
+fn open(path: &Path) -> Driver {
+    let content = vec![0; 4 * MIB as usize];
+    Driver::new(
+        writable(&options(path, false, true)).for_test(true),
+        &content,
+        1,
+    )
+}
+
+#[test]
+fn what_could_not_be_kept_safe_is_refused() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = qemu::create(folder.path(), "a.qcow2", "", 4 * MIB);
+    for (bit, reason) in [
+        (1_u64, "dirty bit"),
+        (2, "marked as corrupt"),
+        (4, "external"),
+    ] {
+        patch(&path, 72, &bit.to_be_bytes());
+        let refused = match bit {
+            4 => match Chain::open(&options(&path, false, false)) {
+                Err(error) => error.to_string(),
+                Ok(_) => panic!("accepted"),
+            },
+            _ => refusal(&path),
+        };
+        assert!(refused.contains(reason), "{refused}");
+    }
+    patch(&path, 72, &0_u64.to_be_bytes());
+    // The refcount of nothing at all.
+    let block = word(&path, word(&path, 48));
+    patch(&path, block as usize, &[0; 64]);
+    assert!(refusal(&path).contains("nothing is in use"));
+    patch(&path, 48, &(1_u64 << 40).to_be_bytes());
+    assert!(refusal(&path).contains("ends within its refcount table"));
+}
+
+#[test]
+fn autoclear_features_go_with_the_first_write_and_not_before() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = qemu::create(folder.path(), "a.qcow2", "", 4 * MIB);
+    patch(&path, 88, &5_u64.to_be_bytes());
+    let mut driver = open(&path);
+    driver.push(0, Operation::Read, 0, 8);
+    driver.finish();
+    drop(driver);
+    assert_eq!(word(&path, 88), 5);
+    let mut driver = open(&path);
+    driver.push(0, Operation::Write { durable: false }, 0, 8);
+    driver.finish();
+    assert_eq!(word(&path, 88), 0);
+}
+
+#[test]
+fn an_entry_that_leads_to_metadata_marks_the_image_as_corrupt() {
+    let Some(folder) = qemu::folder() else { return };
+    let base = qemu::create(folder.path(), "a.qcow2", "", 4 * MIB);
+    qemu::io(&base, &["write -P 1 0 128k".into()]);
+    let good = std::fs::read(&base).unwrap();
+    let l1 = word(&base, 40);
+    let l2 = word(&base, l1) & 0x00ff_ffff_ffff_fe00;
+    let block = word(&base, word(&base, 48));
+    let beyond = (good.len() as u64).next_multiple_of(65536) + (1 << 30);
+    for target in [0x1_0000, l1, l2, block, beyond] {
+        std::fs::write(&base, &good).unwrap();
+        patch(&base, l2 as usize, &(target | 1 << 63).to_be_bytes());
+        let before = std::fs::read(&base).unwrap();
+        let mut driver = open(&base);
+        driver.push(0, Operation::Write { durable: false }, 0, 8);
+        driver.finish();
+        assert_eq!(driver.errors[0].raw_os_error(), Some(libc::EIO));
+        driver.push(0, Operation::Write { durable: false }, 1000, 8);
+        driver.finish();
+        assert_eq!(driver.errors.len(), 2, "it is not written to any more");
+        drop(driver);
+        let after = std::fs::read(&base).unwrap();
+        assert_eq!(after[79], 2, "the corrupt bit");
+        assert!(
+            after[80..] == before[80..],
+            "{target:#x}: something was written"
+        );
+        assert!(refusal(&base).contains("marked as corrupt"));
+    }
+}
+
+#[test]
+fn whatever_an_image_holds_writing_never_panics() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = folder.path().join("hostile.qcow2");
+    let kinds = [
+        "cluster_size=512,refcount_bits=1",
+        "cluster_size=64k",
+        "extended_l2=on,cluster_size=16k",
+    ];
+    let mut random = Random(11);
+    for (number, kind) in (0..).zip(kinds) {
+        let name = format!("{number}.qcow2");
+        let sample = qemu::create(folder.path(), &name, kind, 4 * MIB);
+        qemu::scribble(&sample, 4 * MIB, 60, number);
+        let sample = std::fs::read(&sample).unwrap();
+        let at = |o: usize| u64::from_be_bytes(sample[o..o + 8].try_into().unwrap()) as usize;
+        let (l1, table) = (at(40), at(48));
+        let l2 = at(l1) & 0x00ff_ffff_ffff_fe00;
+        for round in 0..100 {
+            let mut bytes = sample.clone();
+            for _ in 0..1 + random.below(6) {
+                let base = [0, l1, l2, l2, table, at(table)][random.below(6) as usize];
+                let offset = (base + random.below(128) as usize) % bytes.len();
+                bytes[offset] =
+                    [0, 1, 2, 0x80, 0xff, random.below(256) as u8][random.below(6) as usize];
+            }
+            std::fs::write(&path, bytes).unwrap();
+            let options = options(&path, false, round % 2 == 0);
+            let Ok((chain, top)) = Chain::open(&options) else {
+                continue;
+            };
+            if chain.size_bytes() > 64 * MIB || chain.size_bytes() % 512 != 0 {
+                continue;
+            }
+            let size = chain.size_bytes() as usize;
+            let Ok(writable) = Writable::open(Arc::new(chain), &top, &path) else {
+                continue;
+            };
+            let queue = writable.for_test(round % 2 == 0);
+            let mut driver = Driver::new(queue, &vec![0; size], round);
+            // What a damaged image reads as is its own affair.
+            driver.trusting = true;
+            if size > 0 {
+                driver.run(40);
+            }
+        }
+    }
+}
