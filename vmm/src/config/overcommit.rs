@@ -59,7 +59,8 @@ pub struct OvercommitConfig {
     #[serde(default = "weight")]
     #[schema(minimum = 1, maximum = 10000)]
     pub weight: u32,
-    /// What the guest keeps beyond what it uses, in percent of what it uses.
+    /// What the guest keeps beyond what it uses, in percent of what it uses; never less than a
+    /// sixteenth of RAM.
     #[serde(default = "buffer_percent")]
     #[schema(minimum = 1, maximum = 200)]
     pub buffer_percent: u32,

@@ -36,6 +36,8 @@ const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 const MINUTE_MS: u64 = 60_000;
 
+/// The buffer is at least this part of RAM, however little the guest uses.
+const LEAST_BUFFER: u64 = 16;
 /// PSI, in hundredths of a percent, at which pressure begins and below which it ends.
 const PSI_BEGIN: u32 = 1000;
 const PSI_END: u32 = 200;
@@ -154,6 +156,9 @@ pub struct State {
     eased_ms: Option<u64>,
     looked_ms: Option<u64>,
     sample: Option<GuestReading>,
+    /// What the balloon had then, and by how much it had grown in the two times before that.
+    sample_actual: u64,
+    grown: [u64; 2],
     silent_ms: Option<u64>,
     settled: Option<Settled>,
     inflating: Option<Inflating>,
@@ -281,7 +286,14 @@ fn observe(reading: &Reading, state: &State) -> State {
         return next;
     }
     let fresh = fresh(reading);
-    next.sample = fresh.copied().or(state.sample);
+    if let Some(told) = fresh
+        && state.sample.is_none_or(|last| told.at_ms > last.at_ms)
+    {
+        next.sample = Some(*told);
+        next.sample_actual = balloon.actual;
+        let grown = balloon.actual.saturating_sub(state.sample_actual);
+        next.grown = [state.grown[1], grown];
+    }
     next.silent_ms = match fresh {
         Some(_) => None,
         None => Some(state.silent_ms.unwrap_or(now_ms)),
@@ -434,15 +446,17 @@ impl Look<'_> {
         if elapsed == 0 {
             return false;
         }
-        let rate = |counter: fn(&GuestReading) -> u64| {
+        let rate = |counter: fn(&GuestReading) -> u64, own: u64| {
             // A counter that falls is another boot of the guest, or a lie.
             let more = counter(now).saturating_sub(counter(&last));
-            part(more, 1000, elapsed.max(RATE_MS))
+            part(more.saturating_sub(own), 1000, elapsed.max(RATE_MS))
         };
-        let thrashes = rate(|g| g.major_faults) >= MAJOR_FAULTS;
+        // The balloon's driver reclaims, too, for pages it takes: at least 32 at a time.
+        let grown = self.next.grown[0].saturating_add(self.next.grown[1]) / PAGE;
+        let thrashes = rate(|g| g.major_faults, 0) >= MAJOR_FAULTS;
         now.oom_kills > last.oom_kills
-            || rate(|g| g.alloc_stalls) >= STALLED_ALLOCATIONS
-            || rate(|g| g.direct_reclaims) >= RECLAIMED_PAGES
+            || rate(|g| g.alloc_stalls, grown / 16) >= STALLED_ALLOCATIONS
+            || rate(|g| g.direct_reclaims, grown.saturating_mul(2)) >= RECLAIMED_PAGES
             || thrashes && now.available < self.buffer(now)
     }
 
@@ -483,7 +497,7 @@ impl Look<'_> {
             .saturating_sub(given)
             .saturating_sub(limits.others_actual);
         let used = has.saturating_sub(guest.available);
-        part(used, limits.buffer_percent.into(), 100)
+        part(used, limits.buffer_percent.into(), 100).max(limits.ram / LEAST_BUFFER)
     }
 
     /// What could be taken from the guest: beyond its buffer, with a quarter of that between

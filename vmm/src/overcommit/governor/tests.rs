@@ -286,6 +286,24 @@ fn a_guest_in_distress_gets_everything_at_once() {
 }
 
 #[test]
+fn what_the_driver_reclaims_for_the_balloon_is_no_distress() {
+    // Each step is reclaimed page by page, from caches; many times that is more.
+    for (factor, distress) in [(1, false), (8, true)] {
+        let mut before = 0;
+        let mut reclaimed = 0;
+        let decisions = follow(20, 0, 15, |_, reading| {
+            reclaimed += factor * reading.balloon.actual.saturating_sub(before) / PAGE;
+            before = reading.balloon.actual;
+            let guest = reading.guest.as_mut().unwrap();
+            guest.direct_reclaims = reclaimed;
+            guest.alloc_stalls = reclaimed / 32;
+        });
+        let troubled = decisions.iter().any(|decision| decision.trouble.is_some());
+        assert_eq!(troubled, distress, "factor {factor}");
+    }
+}
+
+#[test]
 fn a_guest_that_empties_its_balloon_to_go_on_is_in_distress() {
     let decisions = follow(5, 300 * MIB, 50, |second, reading| {
         if second == 3 {
