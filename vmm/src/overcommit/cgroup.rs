@@ -41,7 +41,7 @@ pub fn locate(process: &Path, pid: u32) -> Result<Cgroup, String> {
             break;
         }
     }
-    cgroup.shared = company(&cgroup, pid);
+    cgroup.shared = company(&cgroup, process, pid);
     Ok(cgroup)
 }
 
@@ -60,7 +60,7 @@ impl Cgroup {
 }
 
 /// Whom the process shares `cgroup` with.
-fn company(cgroup: &Cgroup, pid: u32) -> Option<String> {
+fn company(cgroup: &Cgroup, process: &Path, pid: u32) -> Option<String> {
     let path = &cgroup.path;
     // Only the root of the hierarchy has none; where another is shown to us as `/`, it has one.
     if !cgroup.directory.join("cgroup.type").exists() {
@@ -72,7 +72,7 @@ fn company(cgroup: &Cgroup, pid: u32) -> Option<String> {
     };
     let others = processes
         .lines()
-        .filter(|line| line.trim().parse() != Ok(pid))
+        .filter(|line| line.trim().parse() != Ok(pid) && !is_kernel_thread(process, line.trim()))
         .count();
     if others > 0 {
         return Some(format!("cgroup {path} has {others} other processes"));
@@ -89,6 +89,28 @@ fn company(cgroup: &Cgroup, pid: u32) -> Option<String> {
         },
         Err(error) => Some(error),
     }
+}
+
+/// Whether `pid` is a thread of the kernel, as KVM makes one or two for each VM and puts them into
+/// the cgroup of who asked. They have no memory of their own.
+fn is_kernel_thread(process: &Path, pid: &str) -> bool {
+    let Some(processes) = process.parent() else {
+        return false;
+    };
+    // No more than a number: it becomes part of a path.
+    pid.parse::<u32>().is_ok_and(|pid| {
+        let stat = files::read(&processes.join(format!("{pid}/stat")));
+        stat.is_ok_and(|text| parse_flags(&text).is_some_and(|flags| flags & PF_KTHREAD != 0))
+    })
+}
+
+/// Of a task's flags (include/linux/sched.h): it is a thread of the kernel.
+const PF_KTHREAD: u64 = 0x0020_0000;
+
+/// A task's flags in /proc/PID/stat, where its name, in parentheses, may hold anything.
+fn parse_flags(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(6)?.parse().ok()
 }
 
 /// The path of a process in the v2 hierarchy.
@@ -169,12 +191,13 @@ mod tests {
     impl Host {
         fn new(membership: &str, root: &str) -> Self {
             let host = Self(tempfile::tempdir().unwrap());
+            fs::create_dir(host.0.path().join("self")).unwrap();
             let groups = host.0.path().join("groups");
             fs::create_dir(&groups).unwrap();
             fs::write(groups.join("cgroup.procs"), "").unwrap();
-            host.file("cgroup", membership);
+            host.file("self/cgroup", membership);
             host.file(
-                "mountinfo",
+                "self/mountinfo",
                 &format!(
                     "31 23 0:28 / /sys rw,relatime - sysfs sysfs rw\n\
                      41 31 0:38 {root} {} rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n",
@@ -201,7 +224,7 @@ mod tests {
         }
 
         fn locate(&self) -> Result<Cgroup, String> {
-            locate(self.0.path(), 100)
+            locate(&self.0.path().join("self"), 100)
         }
     }
 
@@ -224,6 +247,30 @@ mod tests {
         host.group("vm1", "domain\n", "100\n", 1);
         let shared = host.locate().unwrap().shared.unwrap();
         assert!(shared.contains("below"), "{shared}");
+    }
+
+    #[test]
+    fn threads_of_the_kernel_are_no_company() {
+        let host = Host::new("0::/vm1\n", "/");
+        host.group("vm1", "domain\n", "100\n101\n", 0);
+        for (stat, alone) in [
+            // Linux 6.1, beside a VM.
+            (
+                "101 (kvm-nx-lpage-re) S 2 0 0 0 -1 2129984 0 0 0 0 0 0 0 0 20 0 1",
+                true,
+            ),
+            (
+                "101 (a) 2129984) S 2 0 0 0 -1 4194304 0 0 0 0 0 0 0 0 20 0 1",
+                false,
+            ),
+            ("101 (sh", false),
+        ] {
+            fs::create_dir_all(host.0.path().join("101")).unwrap();
+            host.file("101/stat", stat);
+            assert_eq!(host.locate().unwrap().shared.is_none(), alone, "{stat}");
+        }
+        fs::remove_file(host.0.path().join("101/stat")).unwrap();
+        assert!(host.locate().unwrap().shared.is_some());
     }
 
     #[test]
@@ -280,6 +327,7 @@ mod tests {
             let _ = parse_mounts(&text);
             let _ = parse_mounts(&format!("1 2 3 {text} {text} - cgroup2"));
             let _ = unescape(&text);
+            let _ = parse_flags(&text);
         }
     }
 }
