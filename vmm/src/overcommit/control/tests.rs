@@ -264,3 +264,54 @@ fn a_host_that_can_not_be_read_is_no_reason_to_take_anything() {
     }
     assert_eq!(control.shown().unwrap().reason, "steady");
 }
+
+/// Others that claim as much as this VM may, and what they were told.
+struct Others(Arc<std::sync::Mutex<Own>>);
+
+impl Coordinator for Others {
+    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
+        let told = *self.0.lock().unwrap();
+        *self.0.lock().unwrap() = decide(&Neighbours {
+            vms: 1,
+            claims: told.claim,
+            pending: 0,
+        });
+    }
+}
+
+#[test]
+fn the_others_are_heard_and_told() {
+    let host = Host::new();
+    host.say(250 * MIB, "0.00");
+    let mut control = host.control();
+    let told = Arc::default();
+    control.coordinator = Box::new(Others(Arc::clone(&told)));
+    let mut guest = Guest::new(true);
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None, "there is no pressure yet");
+    }
+    let claim = told.lock().unwrap().claim;
+    assert!(claim > 0);
+    host.say(200 * MIB, "0.00");
+    let mut step = None;
+    assert!(eventually(|| {
+        step = guest.look(&mut control);
+        step.is_some()
+    }));
+    // Its half of 56 MiB is more than a step.
+    assert_eq!(step.unwrap().to, 4 * MIB);
+    host.say(252 * MIB, "0.00");
+    let mut step = None;
+    assert!(eventually(|| {
+        step = guest.look(&mut control);
+        step.is_some()
+    }));
+    // Of the 4 MiB that are missing, half.
+    let step = step.unwrap();
+    assert!(
+        (2 * MIB..3 * MIB).contains(&(step.to - step.from)),
+        "{step:?}"
+    );
+    control.rest();
+    assert_eq!(*told.lock().unwrap(), Own::default());
+}
