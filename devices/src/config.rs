@@ -113,6 +113,9 @@ pub const BUILD: &[Allow] = &[
     allow!(fcntl, 1 => Test::Is(libc::F_OFD_SETLK as u32)),
     allow!(fcntl, 1 => Test::Is(libc::F_SETFL as u32)),
     allow!(fstat),
+    allow!(fstatfs),
+    // Growing an image.
+    allow!(ftruncate),
     allow!(io_uring_register),
     allow!(io_uring_setup),
     allow!(ioctl, 1 => Test::Is(BLKPBSZGET)),

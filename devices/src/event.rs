@@ -23,6 +23,22 @@ pub enum DeviceEvent {
         /// How many more were swallowed by the rate limit since the last one reported.
         suppressed: u64,
     },
+    /// The host has no space for a write, which the guest is not told: it is held.
+    DiskFull {
+        /// Whether the VM is to be paused until there is.
+        pause: bool,
+        /// Bytes of the write.
+        needed_bytes: u64,
+        /// Bytes that the host's file system has, as far as it says.
+        free_bytes: Option<u64>,
+        /// The host's error.
+        error: String,
+    },
+    /// No write is held any more.
+    DiskResumed {
+        /// What became of those that were.
+        outcome: HoldOutcome,
+    },
     /// A balloon moved, or has stopped.
     Balloon {
         /// Which of these.
@@ -49,6 +65,29 @@ impl DeviceEvent {
     }
 }
 
+/// What became of the writes for which the host had no space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HoldOutcome {
+    /// All were done.
+    Done,
+    /// The driver reset the device, or the device is gone: some were never done, as after any
+    /// reset.
+    Reset,
+    /// Some took too long, or failed for another reason; the guest was told.
+    Reported,
+}
+
+impl HoldOutcome {
+    /// Its name in events.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Reset => "reset",
+            Self::Reported => "reported",
+        }
+    }
+}
+
 /// What a balloon has to tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BalloonNews {
@@ -69,11 +108,15 @@ pub struct Reporter {
     id: Arc<str>,
     sink: EventSink,
     io_errors: Arc<Throttle>,
+    full: Arc<Throttle>,
     others: Arc<Throttle>,
 }
 
 /// I/O errors reported per device and second; the rest are counted.
 const IO_ERRORS_PER_SECOND: u32 = 10;
+/// Times that a disk is reported full, per device and second; a guest can have it held, reset the
+/// disk and begin anew.
+const FULL_PER_SECOND: u32 = 5;
 /// All other events per device and second; a driver that takes and resets its device in a loop
 /// must not push everything else out of the event ring.
 const OTHERS_PER_SECOND: u32 = 50;
@@ -86,6 +129,7 @@ impl Reporter {
             id: id.into(),
             sink,
             io_errors: per_second(IO_ERRORS_PER_SECOND),
+            full: per_second(FULL_PER_SECOND),
             others: per_second(OTHERS_PER_SECOND),
         }
     }
@@ -108,6 +152,20 @@ impl Reporter {
         } else if event.changes_status() {
             (self.sink)(&self.id, DeviceEvent::Unsaid);
         }
+    }
+
+    /// Reports that a disk is full, at most [`FULL_PER_SECOND`] a second; whether it was.
+    pub fn disk_full(&self, event: impl FnOnce() -> DeviceEvent) -> bool {
+        let pass = self.full.pass().is_some();
+        if pass {
+            (self.sink)(&self.id, event());
+        }
+        pass
+    }
+
+    /// Reports the end of what [`Reporter::disk_full`] reported.
+    pub fn disk_resumed(&self, outcome: HoldOutcome) {
+        (self.sink)(&self.id, DeviceEvent::DiskResumed { outcome });
     }
 
     /// Reports a failed request, at most [`IO_ERRORS_PER_SECOND`] a second.

@@ -12,6 +12,7 @@ pub struct GuestSignals {
     ejected: AtomicU32,
     vcpu_failed: AtomicBool,
     moved: AtomicBool,
+    disk_full: AtomicBool,
     woken: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -29,6 +30,8 @@ pub struct Signalled {
     pub vcpu_failed: bool,
     /// What is published of the devices is out of date.
     pub moved: bool,
+    /// A disk holds writes for lack of space and wants the VM paused.
+    pub disk_full: bool,
 }
 
 impl GuestSignals {
@@ -40,6 +43,7 @@ impl GuestSignals {
             ejected: AtomicU32::new(0),
             vcpu_failed: AtomicBool::new(false),
             moved: AtomicBool::new(false),
+            disk_full: AtomicBool::new(false),
             woken: AtomicBool::new(false),
             wake: Box::new(wake),
         }
@@ -77,6 +81,12 @@ impl GuestSignals {
         self.wake_once();
     }
 
+    /// A disk wants the VM paused until the host has space.
+    pub fn disk_full(&self) {
+        self.disk_full.store(true, Ordering::SeqCst);
+        self.wake_once();
+    }
+
     /// Takes all flags; those set from now on wake again. Called on the VMM thread.
     pub fn take(&self) -> Signalled {
         self.woken.store(false, Ordering::SeqCst);
@@ -86,6 +96,7 @@ impl GuestSignals {
             ejected: self.ejected.swap(0, Ordering::SeqCst),
             vcpu_failed: self.vcpu_failed.swap(false, Ordering::SeqCst),
             moved: self.moved.swap(false, Ordering::SeqCst),
+            disk_full: self.disk_full.swap(false, Ordering::SeqCst),
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 
 use devices::balloon::BalloonInfo;
+use devices::block::DiskInfo;
 use devices::config::DeviceConfig;
 use tokio::sync::{broadcast, oneshot, watch};
 
@@ -70,6 +71,16 @@ pub enum Command {
         config: Box<OvercommitConfig>,
         reply: Reply<()>,
     },
+    /// `vm.resize-disk`: make a disk larger.
+    ResizeDisk {
+        id: String,
+        desired_size: u64,
+        reply: Reply<()>,
+    },
+    /// `vm.resume-disk`: try again what is held for lack of space.
+    ResumeDisk { id: String, reply: Reply<()> },
+    /// `vm.disk-info`: how a disk stands on the host.
+    DiskInfo { id: String, reply: Reply<DiskInfo> },
     /// `vm.balloons`: where each stands. Answered by the balloons' threads, with statistics that
     /// the guest is asked for.
     Balloons { reply: Reply<Vec<BalloonInfo>> },

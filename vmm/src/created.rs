@@ -9,6 +9,7 @@ use std::os::linux::fs::MetadataExt;
 use std::time::Instant;
 
 use devices::block::DiskConfig;
+use devices::block::watermarks::Passed;
 use devices::config::{DeviceConfig, Invalid};
 use devices::sandbox::SeccompMode;
 use devices::signals::Signalled;
@@ -38,6 +39,8 @@ pub struct Created {
     next_number: u32,
     running: Option<Vm>,
     paused: bool,
+    /// Paused by a disk for which the host has no space, and not by a client.
+    paused_for_space: bool,
 }
 
 impl Created {
@@ -87,6 +90,7 @@ impl Created {
             next_number,
             running: None,
             paused: false,
+            paused_for_space: false,
         })
     }
 
@@ -143,6 +147,7 @@ impl Created {
         }
         self.running = Some(vm);
         self.paused = paused;
+        self.paused_for_space = false;
         Ok(())
     }
 
@@ -178,7 +183,31 @@ impl Created {
         vm.devices.resume();
         vm.vcpus.resume();
         self.paused = false;
+        self.paused_for_space = false;
         Ok(())
+    }
+
+    /// Whether a disk wants the VM to stand still for lack of space.
+    pub fn wants_pause(&self) -> bool {
+        let devices = self.running.as_ref().map(|vm| &vm.devices);
+        devices.is_some_and(|devices| devices.disks().any(|(_, disk)| disk.wants_pause()))
+    }
+
+    /// The VM was paused because of [`Created::wants_pause`].
+    pub fn set_paused_for_space(&mut self) {
+        self.paused_for_space = self.paused;
+    }
+
+    /// Whether it still is.
+    pub fn is_paused_for_space(&self) -> bool {
+        self.paused && self.paused_for_space
+    }
+
+    /// Looks how full the disks' places on the host are, when it is time to: what has been passed.
+    pub fn look_at_disks(&mut self, now: Instant) -> Vec<(String, Passed)> {
+        let vm = self.running.as_mut();
+        vm.map(|vm| vm.disk_watch.look(&vm.devices, now))
+            .unwrap_or_default()
     }
 
     /// Adds a device to the configuration, and plugs it in where the VM is booted.
@@ -358,9 +387,12 @@ impl Created {
             .unwrap_or_default()
     }
 
-    /// When [`Created::expired`] next has something to tell.
+    /// When [`Created::expired`] or [`Created::look_at_disks`] next have something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.running.as_ref()?.devices.next_deadline()
+        let vm = self.running.as_ref()?;
+        let removal = vm.devices.next_deadline();
+        let disks = vm.disk_watch.next_look(&vm.devices);
+        removal.into_iter().chain(disks).min()
     }
 
     /// Devices whose removal has just taken too long.

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use devices::acpi::Ged;
 use devices::balloon::{Balloon, BalloonInfo};
+use devices::block::Block;
 use devices::config::{BuildContext, DeviceConfig, Invalid};
 use devices::event::{EventSink, Reporter};
 use devices::guest_memory::GuestRam;
@@ -241,6 +242,39 @@ impl DeviceManager {
     pub fn is_leaving(&self, id: &str) -> bool {
         let plugged = self.devices.get(id);
         plugged.is_some_and(|plugged| plugged.removal.is_some())
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> impl Iterator<Item = (&str, &Block)> {
+        self.devices.iter().filter_map(|(id, plugged)| {
+            let disk = plugged.transport.device().as_block()?;
+            Some((id.as_str(), disk))
+        })
+    }
+
+    /// The disk of this id.
+    pub fn disk(&self, id: &str) -> Result<&Block, Error> {
+        Ok(self.plugged_disk(id)?.1)
+    }
+
+    /// Makes a disk larger, and tells the guest.
+    pub fn resize_disk(&self, id: &str, desired_size: u64) -> Result<(), Error> {
+        let (transport, disk) = self.plugged_disk(id)?;
+        let before = disk.size_bytes();
+        disk.grow(desired_size)?;
+        if disk.size_bytes() != before {
+            transport.change_config(|| disk.set_size());
+        }
+        Ok(())
+    }
+
+    fn plugged_disk(&self, id: &str) -> Result<(&VirtioPciDevice, &Block), Error> {
+        let unknown = || Error::UnknownDevice { id: id.to_owned() };
+        let transport = &self.devices.get(id).ok_or_else(unknown)?.transport;
+        let disk = transport.device().as_block();
+        let disk =
+            disk.ok_or_else(|| Invalid::new("id", format!("device `{id}` is not a disk")))?;
+        Ok((transport, disk))
     }
 
     /// Whether there is a device of this id.

@@ -13,6 +13,7 @@ pub mod consoles;
 pub mod cpuid;
 pub mod created;
 pub mod device_manager;
+pub mod disks;
 pub mod error;
 pub mod event;
 pub mod interrupts;

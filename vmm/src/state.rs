@@ -59,6 +59,9 @@ pub enum Verb {
     SetOvercommit,
     Balloons,
     BalloonStats,
+    ResizeDisk,
+    ResumeDisk,
+    DiskInfo,
 }
 
 impl Verb {
@@ -81,6 +84,9 @@ impl Verb {
             Self::SetOvercommit => "vm.set-overcommit",
             Self::Balloons => "vm.balloons",
             Self::BalloonStats => "vm.balloon-stats",
+            Self::ResizeDisk => "vm.resize-disk",
+            Self::ResumeDisk => "vm.resume-disk",
+            Self::DiskInfo => "vm.disk-info",
         }
     }
 }
@@ -89,8 +95,9 @@ impl Verb {
 pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     use State::{Created, Paused, Running};
     use Verb::{
-        AddDevice, BalloonStats, Balloons, Boot, Counters, Create, Nmi, Pause, PowerButton, Reboot,
-        RemoveDevice, Resize, ResizeBalloon, Resume, SetOvercommit, Shutdown,
+        AddDevice, BalloonStats, Balloons, Boot, Counters, Create, DiskInfo, Nmi, Pause,
+        PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk, Resume, ResumeDisk,
+        SetOvercommit, Shutdown,
     };
     let state = match (verb, state) {
         (Create, None) => return Ok(()),
@@ -101,7 +108,9 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     let legal = match verb {
         Create => false,
         Boot => state == Created,
-        Shutdown | Reboot | Counters | Balloons => state != Created,
+        Shutdown | Reboot | Counters | Balloons | ResizeDisk | ResumeDisk | DiskInfo => {
+            state != Created
+        }
         Pause | PowerButton | Nmi | BalloonStats => state == Running,
         Resume => state == Paused,
         AddDevice | RemoveDevice | Resize | ResizeBalloon | SetOvercommit => {
@@ -122,7 +131,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const VERBS: [Verb; 16] = [
+    const VERBS: [Verb; 19] = [
         Verb::Create,
         Verb::Boot,
         Verb::Shutdown,
@@ -139,6 +148,9 @@ mod tests {
         Verb::SetOvercommit,
         Verb::Balloons,
         Verb::BalloonStats,
+        Verb::ResizeDisk,
+        Verb::ResumeDisk,
+        Verb::DiskInfo,
     ];
 
     fn legal(state: Option<State>) -> Vec<Verb> {
@@ -151,8 +163,9 @@ mod tests {
     #[test]
     fn each_state_allows_just_the_verbs_of_the_picture() {
         use Verb::{
-            AddDevice, BalloonStats, Balloons, Boot, Counters, Create, Nmi, Pause, PowerButton,
-            Reboot, RemoveDevice, Resize, ResizeBalloon, Resume, SetOvercommit, Shutdown,
+            AddDevice, BalloonStats, Balloons, Boot, Counters, Create, DiskInfo, Nmi, Pause,
+            PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk, Resume,
+            ResumeDisk, SetOvercommit, Shutdown,
         };
         assert_eq!(legal(None), [Create]);
         assert_eq!(
@@ -181,7 +194,10 @@ mod tests {
                 ResizeBalloon,
                 SetOvercommit,
                 Balloons,
-                BalloonStats
+                BalloonStats,
+                ResizeDisk,
+                ResumeDisk,
+                DiskInfo
             ]
         );
         assert_eq!(
@@ -196,7 +212,10 @@ mod tests {
                 Resize,
                 ResizeBalloon,
                 SetOvercommit,
-                Balloons
+                Balloons,
+                ResizeDisk,
+                ResumeDisk,
+                DiskInfo
             ]
         );
     }

@@ -26,6 +26,7 @@ use crate::config::{BALLOON_ID, VmConfig};
 use crate::consoles::Consoles;
 use crate::cpuid::apic_id;
 use crate::device_manager::{DeviceManager, Sockets};
+use crate::disks::DiskWatch;
 use crate::error::Error;
 use crate::event::Events;
 use crate::interrupts::Interrupts;
@@ -64,6 +65,8 @@ pub struct Vm {
     pub built_at: Instant,
     /// RAM.
     pub ram: GuestRam,
+    /// How full the disks' places on the host are.
+    pub disk_watch: DiskWatch,
     ged: Arc<Ged>,
     /// Last: every thread it has places for is gone by then.
     cpu_group: Option<CpuGroup>,
@@ -200,6 +203,7 @@ impl Vm {
             signals,
             built_at: Instant::now(),
             ram,
+            disk_watch: DiskWatch::new(Instant::now()),
             ged,
             cpu_group: None,
         };
@@ -337,6 +341,33 @@ fn event_sink(events: Events, signals: Arc<GuestSignals>) -> EventSink {
             );
             signals.moved();
         }
+        DeviceEvent::DiskFull {
+            pause,
+            needed_bytes,
+            free_bytes,
+            error,
+        } => {
+            let free = free_bytes.map(|free| free.to_string());
+            events.emit(
+                "virtio-device",
+                "disk-full",
+                &[
+                    ("id", id),
+                    ("action", if pause { "pause-vm" } else { "hold" }),
+                    ("needed_bytes", &needed_bytes.to_string()),
+                    ("free_bytes", free.as_deref().unwrap_or("unknown")),
+                    ("error", &error),
+                ],
+            );
+            if pause {
+                signals.disk_full();
+            }
+        }
+        DeviceEvent::DiskResumed { outcome } => events.emit(
+            "virtio-device",
+            "disk-resumed",
+            &[("id", id), ("outcome", outcome.name())],
+        ),
         DeviceEvent::IoError {
             operation,
             offset_bytes,

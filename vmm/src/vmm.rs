@@ -13,12 +13,14 @@ use devices::balloon::BalloonInfo;
 use devices::config::DeviceConfig;
 use devices::sandbox::{self, Filter, SeccompMode};
 use devices::worker::STACK_BYTES;
+use vmm_sys_util::signal::block_signal;
 
 use crate::balloons;
 use crate::command::{Command, Endpoint, Handle, Message, Reply, channel};
 use crate::config::{VmConfig, VmResize};
 use crate::created::Created;
 use crate::device_manager::Removed;
+use crate::disks;
 use crate::error::Error;
 use crate::event::Events;
 use crate::overcommit::Alone;
@@ -59,6 +61,8 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
         .name("vmm".to_owned())
         .stack_size(2 * STACK_BYTES)
         .spawn(move || {
+            // An image that is grown beyond a limit (RLIMIT_FSIZE) is an error and not the end.
+            let _ = block_signal(libc::SIGXFSZ);
             let result = filter.install();
             let go = result.is_ok();
             // The spawner waits for this, so it is there to hear it.
@@ -211,6 +215,26 @@ impl Vmm {
                     .and_then(|c| c.set_overcommit(*config));
                 self.answer(reply, result);
             }
+            Command::ResizeDisk {
+                id,
+                desired_size,
+                reply,
+            } => {
+                let result = self
+                    .created(Verb::ResizeDisk)
+                    .and_then(|c| c.running()?.devices.resize_disk(&id, desired_size));
+                self.answer(reply, result);
+            }
+            Command::ResumeDisk { id, reply } => {
+                let result = self.resume_disk(&id);
+                self.answer(reply, result);
+            }
+            Command::DiskInfo { id, reply } => {
+                let result = self
+                    .created(Verb::DiskInfo)
+                    .and_then(|c| Ok(c.running()?.devices.disk(&id)?.info(&id)?));
+                self.answer(reply, result);
+            }
             Command::Balloons { reply } => self.balloons(reply),
             Command::BalloonStats { reply } => self.balloon_stats(reply),
             Command::Overcommit { reply } => {
@@ -344,6 +368,16 @@ impl Vmm {
         self.emit("vm", "resuming", &[]);
         self.created(Verb::Resume)?.resume()?;
         self.tell("resumed");
+        Ok(())
+    }
+
+    /// Has a disk try again what it holds for lack of space; a VM that was paused for that goes on.
+    fn resume_disk(&mut self, id: &str) -> Result<(), Error> {
+        let created = self.created(Verb::ResumeDisk)?;
+        created.running()?.devices.disk(id)?.retry_held();
+        if created.is_paused_for_space() {
+            self.resume()?;
+        }
         Ok(())
     }
 
@@ -494,9 +528,28 @@ impl Vmm {
             && let Err(error) = self.pause()
         {
             tracing::error!(%error, "the VM could not be paused after a vCPU failed");
+        } else if signalled.disk_full && self.state() == Some(State::Running) {
+            self.pause_for_space();
         }
         self.publish();
         Flow::Go
+    }
+
+    /// Pauses the VM for a disk that wants it, if that has not found space meanwhile.
+    fn pause_for_space(&mut self) {
+        if !self.created.as_ref().is_some_and(Created::wants_pause) {
+            return;
+        }
+        match self.pause() {
+            Ok(()) => {
+                if let Some(created) = &mut self.created {
+                    created.set_paused_for_space();
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "the VM could not be paused for lack of space");
+            }
+        }
     }
 
     fn guest_power_off(&mut self) -> Flow {
@@ -518,10 +571,17 @@ impl Vmm {
         let Some(created) = &mut self.created else {
             return;
         };
-        let expired = created.expired(Instant::now());
-        self.publish();
+        let now = Instant::now();
+        let space = created.look_at_disks(now);
+        let expired = created.expired(now);
+        if !expired.is_empty() {
+            self.publish();
+        }
         for id in expired {
             self.emit("vm", "device-removal-timed-out", &[("id", &id)]);
+        }
+        for (id, passed) in space {
+            disks::emit(&self.endpoint.events, &id, &passed);
         }
     }
 }

@@ -61,6 +61,64 @@ pub struct DiskConfig {
     /// How the image is locked against other processes.
     #[serde(default)]
     pub lock_granularity: LockGranularity,
+    /// What to do with a write for which the host has no space.
+    #[serde(default)]
+    pub on_enospc: OnEnospc,
+    /// How many milliseconds a write may be held for lack of space before it fails after all; for
+    /// ever when absent. Time in which the VM is paused does not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, example = 600_000)]
+    pub enospc_grace_ms: Option<u64>,
+    /// Bytes that the image may take on the host before events say so (`disk-space`, at
+    /// `space_watermarks` percent of it and at 100).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub write_threshold: Option<u64>,
+    /// How full, in percent, the host's file system, or the image measured by `write_threshold`,
+    /// may be before an event says so: ascending, 1 to 99, at most 8; none for no such events.
+    #[serde(default = "watermarks")]
+    #[schema(max_items = 8, example = json!([75, 90, 95]))]
+    pub space_watermarks: Vec<u8>,
+    /// Whether writes of nothing but zeroes are looked for, which costs a look at the data.
+    #[serde(default)]
+    pub detect_zeroes: DetectZeroes,
+}
+
+/// What to do with a write for which the host has no space (ENOSPC), or no more for us (EDQUOT).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnEnospc {
+    /// Hold it and try again until there is space; the VM runs on. The event `disk-full` tells.
+    #[default]
+    Hold,
+    /// Tell the guest that it failed.
+    Report,
+    /// Hold it, and pause the VM until `vm.resume-disk` or `vm.resume`.
+    PauseVm,
+}
+
+impl OnEnospc {
+    /// Its name in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hold => "hold",
+            Self::Report => "report",
+            Self::PauseVm => "pause-vm",
+        }
+    }
+}
+
+/// What to do with writes of nothing but zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DetectZeroes {
+    /// Write them.
+    #[default]
+    Off,
+    /// Have the host make zeroes of the range, without moving the data; its space is kept.
+    On,
+    /// The same, and its space goes back to the host; needs `sparse`.
+    Unmap,
 }
 
 /// Format of a disk image.
@@ -81,6 +139,10 @@ fn one() -> u16 {
 
 fn default_queue_size() -> u16 {
     128
+}
+
+fn watermarks() -> Vec<u8> {
+    vec![75, 90, 95]
 }
 
 fn yes() -> bool {
@@ -121,10 +183,40 @@ impl DiskConfig {
         {
             return Err(Invalid::new("serial", "must have at most 20 ASCII bytes"));
         }
+        self.validate_space()?;
         if let Some(limits) = &self.rate_limiter_config {
             limits
                 .validate()
                 .map_err(|e| e.within("rate_limiter_config"))?;
+        }
+        Ok(())
+    }
+
+    fn validate_space(&self) -> Result<(), Invalid> {
+        if self.enospc_grace_ms == Some(0) {
+            let reason = "must be at least 1; on_enospc `report` is what does not hold at all";
+            return Err(Invalid::new("enospc_grace_ms", reason));
+        }
+        if self.enospc_grace_ms.is_some() && self.on_enospc == OnEnospc::Report {
+            let reason = "has no meaning with on_enospc `report`, which holds nothing";
+            return Err(Invalid::new("enospc_grace_ms", reason));
+        }
+        if self.write_threshold == Some(0) {
+            return Err(Invalid::new("write_threshold", "must be at least 1"));
+        }
+        let marks = &self.space_watermarks;
+        let in_range = marks.iter().all(|mark| (1..=99).contains(mark));
+        if !in_range || marks.len() > 8 || !marks.is_sorted_by(|a, b| a < b) {
+            return Err(Invalid::new(
+                "space_watermarks",
+                "must be at most 8 percentages from 1 to 99, ascending",
+            ));
+        }
+        if self.detect_zeroes == DetectZeroes::Unmap && !self.sparse {
+            return Err(Invalid::new(
+                "detect_zeroes",
+                "`unmap` gives space back to the host, which `sparse` false forbids",
+            ));
         }
         Ok(())
     }

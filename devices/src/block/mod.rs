@@ -6,24 +6,31 @@
 
 mod config;
 mod counters;
+mod hold;
+mod info;
 pub mod request;
 mod shared;
 #[cfg(test)]
 pub(crate) mod tests;
+pub mod watermarks;
 mod worker;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-pub use config::{DiskConfig, ImageType, LockGranularity};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+pub use config::{DetectZeroes, DiskConfig, ImageType, LockGranularity, OnEnospc};
+pub use info::{Backing, DiskInfo};
 
 use self::counters::QueueCounters;
+use self::hold::Hold;
 use self::request::ID_BYTES;
 use self::shared::{Offer, Shared};
 use self::worker::{Common, QueueHandler};
-use crate::config::{BuildContext, BuildError};
-use crate::disk::{self, Format, Image, OpenOptions};
+use crate::config::{BuildContext, BuildError, Invalid};
+use crate::disk::{self, Format, Image, OpenOptions, space};
 use crate::rate_limiter::RateLimiter;
 use crate::sandbox::{Allow, COMMON, Filter, WORKER};
 use crate::timer;
@@ -44,7 +51,11 @@ pub struct Block {
     // The threads end before the image is closed and its lock released: fields are dropped in this
     // order.
     workers: Vec<Worker>,
-    _image: Box<dyn Image>,
+    /// Rung to have a queue try again what it holds for lack of space.
+    retries: Vec<Arc<EventFd>>,
+    hold: Arc<Hold>,
+    config: DiskConfig,
+    image: Box<dyn Image>,
 }
 
 impl Block {
@@ -59,6 +70,8 @@ impl Block {
             num_queues: config.num_queues,
             queue_size: config.queue_size,
         }));
+        let (file, reporter) = (image.host_file(), context.reporter.clone());
+        let hold = Arc::new(Hold::new(config, file, reporter));
         let limiter = config
             .rate_limiter_config
             .as_ref()
@@ -71,28 +84,86 @@ impl Block {
             serial: serial(config.serial.clone().unwrap_or_else(|| image.serial())),
             reporter: context.reporter.clone(),
             queue_size: config.queue_size,
+            hold: hold.clone(),
+            detect_zeroes: config.detect_zeroes,
         };
+        let mut retries = Vec::new();
         let mut counters = Vec::new();
         let mut workers = Vec::new();
         for index in 0..config.num_queues {
-            let count = Arc::new(QueueCounters::default());
-            workers.push(spawn(
-                index,
-                image.as_ref(),
-                &common,
-                count.clone(),
-                &context,
-            )?);
-            counters.push(count);
+            let signals = Signals {
+                counters: Arc::default(),
+                retry_now: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+                    .map(Arc::new)
+                    .map_err(|e| BuildError::host("making an eventfd", e))?,
+            };
+            counters.push(signals.counters.clone());
+            retries.push(signals.retry_now.clone());
+            workers.push(spawn(index, image.as_ref(), &common, signals, &context)?);
         }
         Ok(Self {
             shared,
             counters,
             queue_sizes: vec![config.queue_size; config.num_queues.into()],
             workers,
-            _image: image,
+            retries,
+            hold,
+            config: config.clone(),
+            image,
         })
     }
+
+    /// Has every queue try at once what it holds for lack of space; does not wait. Called on the
+    /// VMM thread.
+    pub fn retry_held(&self) {
+        for retry in &self.retries {
+            // Fails only when the counter is full, and then it is rung anyway.
+            let _ = retry.write(1);
+        }
+    }
+
+    /// Whether the VM is to stand still until the host has space.
+    pub fn wants_pause(&self) -> bool {
+        self.hold.wants_pause()
+    }
+
+    /// Size of the disk.
+    pub fn size_bytes(&self) -> u64 {
+        self.image.size_bytes()
+    }
+
+    /// Makes the image larger; the driver is not told before [`Block::set_size`]. Refusals name
+    /// the field `desired_size`. Called on the VMM thread.
+    pub fn grow(&self, size_bytes: u64) -> Result<(), BuildError> {
+        let refuse = |reason: String| Err(Invalid::new("desired_size", reason).into());
+        let is = self.image.size_bytes();
+        let block = u64::from(self.image.geometry().logical_block);
+        if self.config.readonly {
+            return refuse("the disk is read-only".to_owned());
+        }
+        if size_bytes < is {
+            return refuse(format!("the disk has {is} bytes; it can't be made smaller"));
+        }
+        if !size_bytes.is_multiple_of(block) {
+            return refuse(format!("must be a multiple of {block}"));
+        }
+        if size_bytes > is {
+            self.image.grow(size_bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the size of the image into the configuration space. The transport must tell the driver
+    /// in the same breath.
+    pub fn set_size(&self) {
+        self.shared.set_size(self.image.size_bytes());
+    }
+}
+
+/// What the thread of a queue shares with nobody but its device.
+struct Signals {
+    counters: Arc<QueueCounters>,
+    retry_now: Arc<EventFd>,
 }
 
 /// Opens and locks the image of a disk.
@@ -123,8 +194,13 @@ impl DiskConfig {
 pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     disk::QUEUES
         .iter()
-        .map(|(kind, list)| (*kind, vec![COMMON, WORKER, *list, timer::SYSCALLS]))
+        .map(|(kind, list)| (*kind, lists(list).to_vec()))
         .collect()
+}
+
+/// The lists of the filter of a queue's thread, whose engine has the list `engine`.
+fn lists(engine: &'static [Allow]) -> [&'static [Allow]; 5] {
+    [COMMON, WORKER, engine, timer::SYSCALLS, space::SYSCALLS]
 }
 
 /// Starts the thread of one queue.
@@ -132,17 +208,17 @@ fn spawn(
     index: u16,
     image: &dyn Image,
     common: &Common,
-    counters: Arc<QueueCounters>,
+    signals: Signals,
     context: &BuildContext,
 ) -> Result<Worker, BuildError> {
     let name = thread_name(context.reporter.id(), index);
     let engine = image
         .open_queue(common.queue_size)
         .map_err(|e| BuildError::host(format!("opening a disk queue for {name}"), e))?;
-    let lists = [COMMON, WORKER, engine.syscalls(), timer::SYSCALLS];
-    let filter = Filter::compile(&name, context.seccomp, &lists)
+    let filter = Filter::compile(&name, context.seccomp, &lists(engine.syscalls()))
         .map_err(|e| BuildError::host("compiling a filter", std::io::Error::other(e)))?;
-    let handler = QueueHandler::new(common.clone(), counters, engine)
+    let (counters, retry_now) = (signals.counters, signals.retry_now);
+    let handler = QueueHandler::new(common.clone(), counters, engine, retry_now)
         .map_err(|e| BuildError::host("making a timer", e))?;
     Worker::spawn(&name, filter, context.reporter.clone(), handler)
         .map_err(|e| BuildError::host(format!("starting the thread {name}"), e))
@@ -198,6 +274,10 @@ impl VirtioDevice for Block {
 
     fn counters(&self) -> BTreeMap<&'static str, u64> {
         counters::sum(self.counters.iter().map(AsRef::as_ref))
+    }
+
+    fn as_block(&self) -> Option<&Block> {
+        Some(self)
     }
 
     fn worker_of_queue(&self, index: usize) -> usize {

@@ -88,6 +88,13 @@ impl Shared {
         self.capacity_sectors.load(Ordering::Relaxed)
     }
 
+    /// Says that the disk has grown. The transport sees to it that a driver which reads the
+    /// capacity meanwhile notices.
+    pub fn set_size(&self, size_bytes: u64) {
+        self.capacity_sectors
+            .store(size_bytes / SECTOR, Ordering::Relaxed);
+    }
+
     /// Whether writes are refused.
     pub fn readonly(&self) -> bool {
         self.features & bit(VIRTIO_BLK_F_RO) != 0

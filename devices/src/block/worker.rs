@@ -8,22 +8,31 @@
 //!   engine ───► collect: status byte, used ring … one interrupt for all
 //! ```
 //!
+//! A write for which the host has no space is not given back: it is held ([`super::hold`]) and
+//! pushed again when the timer, or a client, says so. All else goes on meanwhile: virtio orders no
+//! requests that are under way at the same time, and a flush covers what has been completed, which
+//! what is held has not.
+//!
 //! While the queue is being served the driver is told not to ring. Nothing here is allocated per
 //! request, unless it is in very many pieces, and the only lock is the rate limiter's, where there
 //! is one: a disk's queues share it.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_DISCARD;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::config::DetectZeroes;
 use super::counters::QueueCounters;
+use super::hold::{Hold, is_no_space};
 use super::request::{Action, ID_BYTES, Limits, Malformed, Parser, Status};
 use super::shared::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Shared, bit, seg_max};
 use crate::disk::{Buffers, Completion, Operation, Queue, Request};
-use crate::event::Reporter;
+use crate::event::{HoldOutcome, Reporter};
 use crate::rate_limiter::RateLimiter;
 use crate::timer::Timer;
 use crate::virtio::{Activation, VirtQueue};
@@ -56,6 +65,10 @@ pub struct Common {
     pub reporter: Reporter,
     /// Descriptors of each queue, as configured.
     pub queue_size: u16,
+    /// What lacks space.
+    pub hold: Arc<Hold>,
+    /// What to do with writes of zeroes.
+    pub detect_zeroes: DetectZeroes,
 }
 
 /// A chain that the engine is working on.
@@ -66,6 +79,10 @@ struct Pending {
     offset: u64,
     length: u64,
     started: Instant,
+    /// The data of a write that the engine does as zeroes.
+    zeroes: Option<Buffers>,
+    /// When it failed for lack of space, for the first time.
+    held_since: Option<Instant>,
 }
 
 impl Pending {
@@ -78,6 +95,12 @@ impl Pending {
     }
 }
 
+/// A chain that the engine could not do for lack of space.
+struct Held {
+    pending: Pending,
+    buffers: Buffers,
+}
+
 /// The queue while the driver is running.
 struct Active {
     queue: VirtQueue,
@@ -86,6 +109,10 @@ struct Active {
     free: Vec<u16>,
     /// The weight of what is pending.
     in_flight: u64,
+    /// Has failed for lack of space; waits for the timer.
+    held: Vec<Held>,
+    /// Is to be tried again now.
+    again: VecDeque<Held>,
     /// Something was used since the driver was last interrupted.
     unannounced: bool,
 }
@@ -93,7 +120,8 @@ struct Active {
 impl Active {
     /// Whether something must be completed before more can be taken.
     fn is_full(&self) -> bool {
-        self.free.is_empty() || self.in_flight >= MAX_IN_FLIGHT
+        // Each that is held gets a tag again.
+        self.free.len() <= self.held.len() + self.again.len() || self.in_flight >= MAX_IN_FLIGHT
     }
 }
 
@@ -112,6 +140,10 @@ pub struct QueueHandler {
     counters: Arc<QueueCounters>,
     engine: Box<dyn Queue>,
     timer: Timer,
+    /// When to try again what is held.
+    retry: Timer,
+    /// Rung to have that tried at once.
+    retry_now: Arc<EventFd>,
     parser: Parser,
     active: Option<Active>,
     /// The weight of what was taken since orders were looked at.
@@ -132,10 +164,13 @@ impl QueueHandler {
         common: Common,
         counters: Arc<QueueCounters>,
         engine: Box<dyn Queue>,
+        retry_now: Arc<EventFd>,
     ) -> std::io::Result<Self> {
         let size = common.queue_size.into();
         Ok(Self {
             timer: Timer::new()?,
+            retry: Timer::new()?,
+            retry_now,
             common,
             counters,
             engine,
@@ -255,6 +290,8 @@ impl QueueHandler {
                                 offset,
                                 length,
                                 started: now,
+                                zeroes: None,
+                                held_since: None,
                             },
                             buffers,
                         );
@@ -294,16 +331,28 @@ impl QueueHandler {
             .admit(bytes, self.common.epoch.elapsed())
     }
 
-    fn submit(&mut self, pending: Pending, buffers: Buffers) {
+    fn submit(&mut self, mut pending: Pending, mut buffers: Buffers) {
         let Some(active) = &mut self.active else {
             return;
         };
         let Some(tag) = active.free.pop() else {
             return;
         };
+        let mut operation = pending.operation;
+        if let Operation::Write { durable } = operation
+            && self.common.detect_zeroes != DetectZeroes::Off
+            && buffers.is_zero()
+        {
+            let unmap = self.common.detect_zeroes == DetectZeroes::Unmap;
+            operation = Operation::WriteZeroes { unmap, durable };
+            pending.zeroes = Some(std::mem::replace(
+                &mut buffers,
+                self.spare.pop().unwrap_or_default(),
+            ));
+        }
         let request = Request {
             tag,
-            operation: pending.operation,
+            operation,
             offset: pending.offset,
             length: pending.length,
             buffers,
@@ -339,17 +388,50 @@ impl QueueHandler {
     }
 
     fn complete(&mut self, completion: Completion, now: Instant) -> Result<(), WorkerError> {
-        self.recycle(completion.buffers);
+        let mut buffers = completion.buffers;
         let Some(active) = &mut self.active else {
+            self.recycle(buffers);
             return Ok(());
         };
         let slot = active.pending.get_mut(usize::from(completion.tag));
-        let Some(pending) = slot.and_then(Option::take) else {
+        let Some(mut pending) = slot.and_then(Option::take) else {
+            self.recycle(buffers);
             return Ok(());
         };
         active.free.push(completion.tag);
         active.in_flight = active.in_flight.saturating_sub(pending.weight());
-        let (status, written) = match completion.result {
+        if let Some(data) = pending.zeroes.take() {
+            self.recycle(std::mem::replace(&mut buffers, data));
+        }
+        let result = match completion.result {
+            Err(error) if self.common.hold.wants(&error, pending.held_since, now) => {
+                match self.hold(pending, buffers, &error, now) {
+                    Some((its, buffers)) => {
+                        pending = its;
+                        self.recycle(buffers);
+                    }
+                    None => return Ok(()),
+                }
+                Err(error)
+            }
+            result => {
+                self.recycle(buffers);
+                result
+            }
+        };
+        // Only a hint, which there is no sense in waiting with.
+        let result = match result {
+            Err(error) if pending.operation == Operation::Discard && is_no_space(&error) => Ok(()),
+            result => result,
+        };
+        if pending.held_since.is_some() {
+            let outcome = match &result {
+                Ok(()) => HoldOutcome::Done,
+                Err(_) => HoldOutcome::Reported,
+            };
+            self.common.hold.ended(pending.length, outcome);
+        }
+        let (status, written) = match result {
             Ok(()) => {
                 let latency = now.saturating_duration_since(pending.started);
                 match pending.operation {
@@ -372,6 +454,78 @@ impl QueueHandler {
             }
         };
         self.answer(pending.head, pending.status, status, written)
+    }
+
+    /// Holds a chain, or gives it back: a hint is not worth it, and what an engine has kept of the
+    /// data can't be written again.
+    fn hold(
+        &mut self,
+        mut pending: Pending,
+        mut buffers: Buffers,
+        error: &std::io::Error,
+        now: Instant,
+    ) -> Option<(Pending, Buffers)> {
+        buffers.rewind();
+        let whole = match pending.operation {
+            Operation::Read | Operation::Discard => false,
+            Operation::Write { .. } => buffers.len_bytes() == pending.length,
+            Operation::Flush | Operation::WriteZeroes { .. } => true,
+        };
+        let Some(active) = self.active.as_mut().filter(|_| whole) else {
+            return Some((pending, buffers));
+        };
+        let again = pending.held_since.is_some();
+        let since = *pending.held_since.get_or_insert(now);
+        let hold = &self.common.hold;
+        hold.failed(pending.length, error, again);
+        active.held.push(Held { pending, buffers });
+        if let Err(error) = self.retry.set(hold.next_try(since, now)) {
+            // There is still the client.
+            tracing::error!(%error, "setting the timer to try again");
+        }
+        None
+    }
+
+    /// Tries again all that is held.
+    fn retry(&mut self) -> Result<(), WorkerError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        active.again.extend(active.held.drain(..));
+        self.taken = 0;
+        self.go_on_with_held()
+    }
+
+    /// Goes on with trying again, as much as may be in flight.
+    fn go_on_with_held(&mut self) -> Result<(), WorkerError> {
+        while let Some(active) = &mut self.active
+            && !active.again.is_empty()
+            && active.in_flight < MAX_IN_FLIGHT
+        {
+            if self.taken >= MAX_IN_FLIGHT {
+                // Listen to orders first.
+                let set = self.retry.set(Duration::ZERO);
+                return set.map_err(|e| WorkerError::new("setting the timer to go on", e));
+            }
+            while let Some(active) = &mut self.active
+                && active.in_flight < MAX_IN_FLIGHT
+                && self.taken < MAX_IN_FLIGHT
+                && let Some(held) = active.again.pop_front()
+            {
+                self.submit(held.pending, held.buffers);
+            }
+            self.engine
+                .start()
+                .map_err(|e| self.fail("submitting to the disk", e))?;
+            self.collect()?;
+        }
+        Ok(())
+    }
+
+    /// After something was completed: what waited for that.
+    fn go_on(&mut self) -> Result<(), WorkerError> {
+        self.go_on_with_held()?;
+        if self.starved { self.serve() } else { Ok(()) }
     }
 
     /// Writes the status byte and gives the chain back, with `written` bytes of data in it.
@@ -437,7 +591,11 @@ impl QueueHandler {
 
 impl Handler for QueueHandler {
     fn descriptors(&self) -> Vec<RawFd> {
-        let mut descriptors = vec![self.timer.as_raw_fd()];
+        let mut descriptors = vec![
+            self.timer.as_raw_fd(),
+            self.retry.as_raw_fd(),
+            self.retry_now.as_raw_fd(),
+        ];
         descriptors.extend(self.engine.descriptor());
         descriptors
     }
@@ -455,6 +613,8 @@ impl Handler for QueueHandler {
             pending: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             in_flight: 0,
+            held: Vec::new(),
+            again: VecDeque::new(),
             unannounced: false,
         });
         self.serve()
@@ -467,10 +627,26 @@ impl Handler for QueueHandler {
                 self.timer.acknowledge();
                 self.serve()
             }
+            Source::Descriptor(1) => {
+                self.retry.acknowledge();
+                if self.active.as_ref().is_some_and(|a| a.again.is_empty()) {
+                    self.retry()?;
+                } else {
+                    self.taken = 0;
+                }
+                self.go_on()
+            }
+            Source::Descriptor(2) => {
+                // Empty when it was read already.
+                let _ = self.retry_now.read();
+                self.retry()?;
+                self.go_on()
+            }
             Source::Descriptor(_) => {
                 self.engine.acknowledge();
                 self.collect()?;
-                if self.starved { self.serve() } else { Ok(()) }
+                self.taken = 0;
+                self.go_on()
             }
         }
     }
@@ -481,6 +657,15 @@ impl Handler for QueueHandler {
     }
 
     fn resume(&mut self) -> Result<(), WorkerError> {
+        let now = Instant::now();
+        if let Some(active) = &mut self.active {
+            // Nobody could make space for it, or hear of it, meanwhile.
+            for held in active.held.iter_mut().chain(&mut active.again) {
+                held.pending.held_since = Some(now);
+            }
+        }
+        self.common.hold.vm_resumed();
+        self.retry()?;
         self.serve()
     }
 
@@ -493,7 +678,15 @@ impl Handler for QueueHandler {
             self.recycle(completion.buffers);
         }
         self.completed = completed;
-        self.active = None;
+        if let Some(active) = self.active.take() {
+            let held = active.held.into_iter().chain(active.again);
+            let pending = active.pending.into_iter().flatten();
+            for pending in held.map(|held| held.pending).chain(pending) {
+                if pending.held_since.is_some() {
+                    self.common.hold.ended(pending.length, HoldOutcome::Reset);
+                }
+            }
+        }
         self.starved = false;
     }
 }

@@ -68,8 +68,10 @@ pub(super) fn as_iovecs(parts: &[Part]) -> *const libc::iovec {
 #[derive(Default)]
 pub struct Buffers {
     parts: Vec<Part>,
-    /// Parts before this one are used up.
+    /// Parts before this one are used up; they stay as they were, for [`Buffers::rewind`].
     first: usize,
+    /// Bytes used up of the part `first`.
+    cut: usize,
     bytes: u64,
     memory: Option<GuestRam>,
     /// Memory of our own that some of the parts point into.
@@ -140,21 +142,62 @@ impl Buffers {
         }
         front.own.extend(self.own.iter().cloned());
         let mut left = count.min(self.bytes);
-        front.bytes += left;
-        self.bytes -= left;
-        while left > 0 {
-            let Some(Part(part)) = self.parts.get_mut(self.first) else {
-                return;
-            };
-            let step = left.min(part.iov_len as u64);
-            front.parts.push(Part::new(part.iov_base, step as usize));
-            part.iov_base = part.iov_base.wrapping_byte_add(step as usize);
-            part.iov_len -= step as usize;
-            if part.iov_len == 0 {
-                self.first += 1;
-            }
-            left -= step;
+        while left > 0
+            && let Some(part) = self.use_up(left)
+        {
+            left -= part.len_bytes() as u64;
+            front.bytes += part.len_bytes() as u64;
+            front.parts.push(part);
         }
+    }
+
+    /// Uses up a piece at the front that lies in one part and has at most `most` bytes.
+    fn use_up(&mut self, most: u64) -> Option<Part> {
+        let Part(part) = self.parts.get_mut(self.first)?;
+        let step = most.min(part.iov_len as u64) as usize;
+        let piece = Part::new(part.iov_base, step);
+        if step == part.iov_len {
+            restore(part, std::mem::take(&mut self.cut));
+            self.first += 1;
+        } else {
+            part.iov_base = part.iov_base.wrapping_byte_add(step);
+            part.iov_len -= step;
+            self.cut += step;
+        }
+        self.bytes -= step as u64;
+        Some(piece)
+    }
+
+    /// Takes back what [`Buffers::advance`] and [`Buffers::split_to`] used up, so that the request
+    /// can be done once more.
+    pub fn rewind(&mut self) {
+        if let Some(Part(part)) = self.parts.get_mut(self.first) {
+            restore(part, self.cut);
+        }
+        (self.first, self.cut) = (0, 0);
+        self.bytes = self.parts.iter().map(|part| part.len_bytes() as u64).sum();
+    }
+
+    /// Whether all bytes are zero; looks no further than the first that is not.
+    pub fn is_zero(&self) -> bool {
+        let mut chunk = [0_u8; 4096];
+        self.parts[self.first..].iter().all(|Part(part)| {
+            let mut done = 0;
+            while done < part.iov_len {
+                // Most that is not zero shows it at once.
+                let most = if done == 0 { 64 } else { chunk.len() };
+                let len = (part.iov_len - done).min(most);
+                let start = part.iov_base.wrapping_byte_add(done);
+                // SAFETY: as in `copy_to`.
+                let slice = unsafe { VolatileSlice::new(start.cast(), len) };
+                slice.copy_to(&mut chunk[..len]);
+                if chunk[..len].iter().any(|byte| *byte != 0) {
+                    return false;
+                }
+                done += len;
+            }
+            true
+        })
     }
 
     /// Fills the memory with zeroes.
@@ -179,7 +222,7 @@ impl Buffers {
         if self.parts.capacity() > KEPT_PARTS {
             self.parts = Vec::new();
         }
-        self.first = 0;
+        (self.first, self.cut) = (0, 0);
         self.bytes = 0;
         self.memory = None;
         self.own.clear();
@@ -209,18 +252,10 @@ impl Buffers {
     /// Takes away the first `count` bytes.
     pub fn advance(&mut self, count: u64) {
         let mut left = count.min(self.bytes);
-        self.bytes -= left;
-        while left > 0 {
-            let Some(Part(part)) = self.parts.get_mut(self.first) else {
-                return;
-            };
-            let step = left.min(part.iov_len as u64);
-            part.iov_base = part.iov_base.wrapping_byte_add(step as usize);
-            part.iov_len -= step as usize;
-            if part.iov_len == 0 {
-                self.first += 1;
-            }
-            left -= step;
+        while left > 0
+            && let Some(part) = self.use_up(left)
+        {
+            left -= part.len_bytes() as u64;
         }
     }
 
@@ -256,6 +291,12 @@ impl Buffers {
         }
         done
     }
+}
+
+/// Gives a part the `cut` bytes before it back.
+fn restore(part: &mut libc::iovec, cut: usize) {
+    part.iov_base = part.iov_base.wrapping_byte_sub(cut);
+    part.iov_len += cut;
 }
 
 /// Memory of our own, aligned for O_DIRECT, zeroed when made.
@@ -319,6 +360,15 @@ impl Drop for AlignedBuffer {
     }
 }
 
+/// `preadv2` or `pwritev2`.
+type Vectored = unsafe extern "C" fn(
+    libc::c_int,
+    *const libc::iovec,
+    libc::c_int,
+    libc::off_t,
+    libc::c_int,
+) -> libc::ssize_t;
+
 /// Reads a file at `offset` into memory; `nowait` fails with EAGAIN where it would wait for the
 /// device. Returns the number of bytes, 0 at the end of the file.
 pub(super) fn read_at(
@@ -328,18 +378,7 @@ pub(super) fn read_at(
     nowait: bool,
 ) -> io::Result<usize> {
     let flags = if nowait { libc::RWF_NOWAIT } else { 0 };
-    // SAFETY: `parts` is an array of `iovec`s, and whoever it is borrowed from keeps the memory
-    // alive that they point to.
-    let done = unsafe {
-        libc::preadv2(
-            file.as_raw_fd(),
-            as_iovecs(parts),
-            parts.len() as i32,
-            offset as i64,
-            flags,
-        )
-    };
-    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    transfer(libc::preadv2, file, parts, offset, flags)
 }
 
 /// Writes memory to a file at `offset`; `durable` as in [`super::Operation::Write`]. Returns the
@@ -351,16 +390,20 @@ pub(super) fn write_at(
     durable: bool,
 ) -> io::Result<usize> {
     let flags = if durable { libc::RWF_DSYNC } else { 0 };
-    // SAFETY: as in `read_at`.
-    let done = unsafe {
-        libc::pwritev2(
-            file.as_raw_fd(),
-            as_iovecs(parts),
-            parts.len() as i32,
-            offset as i64,
-            flags,
-        )
-    };
+    transfer(libc::pwritev2, file, parts, offset, flags)
+}
+
+fn transfer(
+    call: Vectored,
+    file: BorrowedFd<'_>,
+    parts: &[Part],
+    offset: u64,
+    flags: i32,
+) -> io::Result<usize> {
+    let (start, count) = (as_iovecs(parts), parts.len() as i32);
+    // SAFETY: `parts` is an array of `iovec`s, and whoever it is borrowed from keeps the memory
+    // alive that they point to.
+    let done = unsafe { call(file.as_raw_fd(), start, count, offset as i64, flags) };
     usize::try_from(done).map_err(|_| io::Error::last_os_error())
 }
 
@@ -386,5 +429,71 @@ mod tests {
             assert_eq!(buffers.parts.capacity() >= pieces, kept);
             assert!(buffers.parts.capacity() <= KEPT_PARTS);
         }
+    }
+
+    #[test]
+    fn what_was_used_up_comes_back_however_it_was_used() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = Arc::new(memory);
+        for steps in [
+            &[1_u64][..],
+            &[512, 512],
+            &[100, 700, 224],
+            &[1024, 1, 511],
+            &[9999],
+        ] {
+            for split in [false, true] {
+                let mut buffers = Buffers::default();
+                for (address, len) in [(0, 512), (4096, 512), (8192, 512)] {
+                    buffers.push(&memory, GuestAddress(address), len).unwrap();
+                }
+                let whole: Vec<_> = layout(&buffers);
+                let mut used = 0;
+                for step in steps {
+                    if split {
+                        let mut front = Buffers::default();
+                        buffers.split_to(*step, &mut front);
+                        assert_eq!(front.len_bytes(), (*step).min(1536 - used));
+                    } else {
+                        buffers.advance(*step);
+                    }
+                    used = (used + step).min(1536);
+                    assert_eq!(buffers.len_bytes(), 1536 - used);
+                    let left: usize = layout(&buffers).iter().map(|part| part.1).sum();
+                    assert_eq!(left as u64, 1536 - used);
+                }
+                buffers.rewind();
+                assert_eq!(layout(&buffers), whole, "{steps:?}");
+                assert_eq!(buffers.len_bytes(), 1536);
+            }
+        }
+    }
+
+    fn layout(buffers: &Buffers) -> Vec<(*mut u8, usize)> {
+        let parts = buffers.parts().iter();
+        parts.map(|part| (part.start(), part.len_bytes())).collect()
+    }
+
+    #[test]
+    fn one_byte_anywhere_is_not_zero() {
+        use vm_memory::Bytes;
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = Arc::new(memory);
+        let mut buffers = Buffers::default();
+        assert!(buffers.is_zero());
+        for (address, len) in [(0, 512), (8192, 16384)] {
+            buffers.push(&memory, GuestAddress(address), len).unwrap();
+        }
+        assert!(buffers.is_zero());
+        for address in [0, 63, 64, 511, 8192, 12287, 12288, 8192 + 16383] {
+            memory.write_obj(1_u8, GuestAddress(address)).unwrap();
+            assert!(!buffers.is_zero(), "{address}");
+            memory.write_obj(0_u8, GuestAddress(address)).unwrap();
+        }
+        memory.write_obj(1_u8, GuestAddress(600)).unwrap();
+        assert!(
+            buffers.is_zero(),
+            "what is between the parts does not count"
+        );
     }
 }

@@ -16,11 +16,13 @@
 //! through a bounce buffer, and falls back where the file system lacks an operation. It may hold a
 //! request as long as it likes (for space to allocate, say): completions come in any order.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::config::BuildError;
+use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
 
 pub mod buffers;
@@ -29,6 +31,7 @@ mod open;
 pub mod qcow2;
 pub mod raw;
 mod ring;
+pub mod space;
 
 pub use buffers::Buffers;
 pub use lock::LockGranularity;
@@ -47,6 +50,17 @@ pub trait Image: Send + Sync {
     fn serial(&self) -> String;
     /// A queue that holds up to `depth` requests at a time, for a thread yet to be spawned.
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+    /// The file in which the image grows, to ask how much space it and its file system have.
+    fn host_file(&self) -> Arc<File>;
+    /// What the engine knows about the image beside its file. Called on the VMM thread.
+    fn info(&self) -> io::Result<ImageInfo>;
+    /// Makes the disk larger: `size_bytes` is more than [`Image::size_bytes`] and a multiple of the
+    /// logical block. Its queues take requests beyond the old end from then on. On failure nothing
+    /// is changed; a refusal names the field `desired_size`. Called on the VMM thread.
+    fn grow(&self, _size_bytes: u64) -> Result<(), BuildError> {
+        let reason = "not supported yet: resizing images of this format while they are in use";
+        Err(Invalid::new("desired_size", reason).into())
+    }
 }
 
 /// Units of an image.
@@ -58,6 +72,50 @@ pub struct Geometry {
     pub physical_block: u32,
     /// Discards free whole multiples of this many bytes; a power of two.
     pub discard_granularity: u32,
+}
+
+/// What an engine knows about an image; `None` where it does not know, or the format has no such
+/// thing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImageInfo {
+    /// The image's format.
+    pub format: Format,
+    /// Size of the disk the guest sees.
+    pub virtual_bytes: u64,
+    /// The images below it, the nearest first.
+    pub backing: Vec<BackingInfo>,
+    /// The unit in which the image allocates.
+    pub cluster_bytes: Option<u64>,
+    /// Clusters that are known to be allocated and not in use.
+    pub leaked_clusters: Option<u64>,
+    /// Look-ups of metadata so far: those that the cache could answer, and all.
+    pub cache: Option<(u64, u64)>,
+    /// Names of the snapshots inside the image.
+    pub snapshots: Option<Vec<String>>,
+}
+
+impl ImageInfo {
+    /// Nothing is known but this.
+    pub fn new(format: Format, virtual_bytes: u64) -> Self {
+        Self {
+            format,
+            virtual_bytes,
+            backing: Vec::new(),
+            cluster_bytes: None,
+            leaked_clusters: None,
+            cache: None,
+            snapshots: None,
+        }
+    }
+}
+
+/// An image on which another lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingInfo {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
 }
 
 /// What to do with a range of the disk.
@@ -118,9 +176,12 @@ pub struct Completion {
     /// The request's.
     pub tag: u16,
     /// Whether all of it was done. A read past the end of the host's file fails with
-    /// `UnexpectedEof`: the file was cut short behind our back.
+    /// `UnexpectedEof`: the file was cut short behind our back. ENOSPC and EDQUOT say that the host
+    /// has no space for it, that nothing that was completed is lost, and that the same request may
+    /// be pushed again later.
     pub result: io::Result<()>,
-    /// The request's, for reuse; what they point to is not defined any more.
+    /// The request's, for reuse. An engine may have used them up by [`Buffers::advance`] and
+    /// [`Buffers::split_to`], and in no other way: what lacked space is pushed again with them.
     pub buffers: Buffers,
 }
 

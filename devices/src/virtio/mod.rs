@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::balloon::Balloon;
+use crate::block::Block;
 use crate::worker::Worker;
 
 pub mod config_space;
@@ -72,6 +73,10 @@ pub trait VirtioDevice: Send + Sync {
     }
     /// The device as a balloon, where it is one, for who sets its target and asks where it stands.
     fn as_balloon(&self) -> Option<&Balloon> {
+        None
+    }
+    /// The device as a disk, where it is one, for who resizes it and asks how it stands.
+    fn as_block(&self) -> Option<&Block> {
         None
     }
     /// Which of [`VirtioDevice::workers`] serves the queue `index`.

@@ -4,7 +4,11 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::config::DetectZeroes;
 use super::super::counters::QueueCounters;
+use super::super::hold::Hold;
 use super::super::shared::{Offer, Shared};
 use super::super::worker::{Common, MAX_IN_FLIGHT, QueueHandler};
 use super::*;
@@ -88,9 +92,16 @@ fn handler(descriptor: Option<RawFd>) -> (QueueHandler, Arc<AtomicU64>) {
         serial: [0; 20],
         reporter: Reporter::silent(),
         queue_size: 128,
+        hold: Arc::new(Hold::new(
+            &serde_json::from_value(serde_json::json!({"path": "/x"})).unwrap(),
+            Arc::new(tempfile::tempfile().unwrap()),
+            Reporter::silent(),
+        )),
+        detect_zeroes: DetectZeroes::Off,
     };
+    let retry_now = Arc::new(EventFd::new(0).unwrap());
     let counters = Arc::new(QueueCounters::default());
-    let handler = QueueHandler::new(common, counters, Box::new(engine)).unwrap();
+    let handler = QueueHandler::new(common, counters, Box::new(engine), retry_now).unwrap();
     (handler, pushed)
 }
 
@@ -146,7 +157,7 @@ fn what_is_in_flight_is_little_enough_to_wait_for() {
         let taken = pushed.load(Ordering::SeqCst);
         let in_flight = taken - done * REQUEST;
         assert!(in_flight > 0 && in_flight < MAX_IN_FLIGHT + REQUEST);
-        handler.ready(Source::Descriptor(1)).unwrap();
+        handler.ready(Source::Descriptor(3)).unwrap();
         assert_eq!(std::iter::from_fn(|| driver.try_used()).count(), 1);
     }
     assert_eq!(pushed.load(Ordering::SeqCst), 40 * REQUEST);

@@ -2,6 +2,7 @@
 //! ends the test process.
 
 pub(crate) mod driver;
+mod enospc;
 mod faults;
 mod hostile;
 mod io;
@@ -107,6 +108,27 @@ impl Disk {
         let image = image();
         let mut config = config(&image, setup);
         change(&mut config);
+        let (block, events) = build(&config).unwrap();
+        let mut driver = Driver::new(memory(), 0, config.queue_size, setup.event_idx);
+        driver.activate(&block.workers()[0], 0);
+        Self {
+            block,
+            driver,
+            image,
+            events,
+        }
+    }
+
+    /// A disk on an image of its own making.
+    pub fn on(path: &std::path::Path, setup: Setup, more: serde_json::Value) -> Self {
+        let image = image();
+        let mut config = serde_json::to_value(config(&image, setup)).unwrap();
+        config["path"] = path.to_str().unwrap().into();
+        for (name, value) in more.as_object().unwrap() {
+            config[name] = value.clone();
+        }
+        let config: DiskConfig = serde_json::from_value(config).unwrap();
+        config.validate().unwrap();
         let (block, events) = build(&config).unwrap();
         let mut driver = Driver::new(memory(), 0, config.queue_size, setup.event_idx);
         driver.activate(&block.workers()[0], 0);

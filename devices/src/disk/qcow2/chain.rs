@@ -39,6 +39,7 @@ pub struct Alignment {
 
 /// One image of a chain.
 pub struct Layer {
+    pub path: PathBuf,
     pub file: Arc<File>,
     /// With O_DIRECT.
     pub direct: Option<Alignment>,
@@ -144,6 +145,7 @@ impl Chain {
                 }
             };
             layers.push(Layer {
+                path,
                 direct: alignment(&host),
                 file: host.file,
                 size_bytes,

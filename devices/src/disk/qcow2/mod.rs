@@ -29,6 +29,7 @@ mod write;
 
 pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -38,7 +39,7 @@ use self::chain::Chain;
 use self::map::Layout;
 use self::queue::ChainQueue;
 use self::write::Writable;
-use super::{Geometry, Image, OpenOptions, Queue, SECTOR};
+use super::{BackingInfo, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR};
 use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
 
@@ -50,6 +51,7 @@ pub struct Qcow2Image {
     chain: Arc<Chain>,
     /// `None` for an image that is only read.
     writable: Option<Mutex<Option<Writable>>>,
+    top_file: Arc<File>,
     geometry: Geometry,
     serial: String,
     disable_io_uring: bool,
@@ -68,7 +70,10 @@ impl Qcow2Image {
             );
             return Err(Invalid::new("path", reason).into());
         }
-        let unit = chain.layers.first().and_then(|top| top.layout());
+        let Some(first) = chain.layers.first() else {
+            return Err(Invalid::new("path", "there is no image").into());
+        };
+        let (unit, top_file) = (first.layout(), first.file.clone());
         let geometry = Geometry {
             logical_block: match options.readonly {
                 // Whatever O_DIRECT asks for is done here.
@@ -90,6 +95,7 @@ impl Qcow2Image {
             geometry,
             writable,
             chain,
+            top_file,
             serial: top.serial,
             disable_io_uring: options.disable_io_uring,
         })
@@ -107,6 +113,27 @@ impl Image for Qcow2Image {
 
     fn serial(&self) -> String {
         self.serial.clone()
+    }
+
+    fn host_file(&self) -> Arc<File> {
+        self.top_file.clone()
+    }
+
+    fn info(&self) -> io::Result<ImageInfo> {
+        let layers = &self.chain.layers;
+        let layout = layers.first().and_then(|top| top.layout());
+        let backing = layers.iter().skip(1).map(|layer| BackingInfo {
+            path: layer.path.clone(),
+            format: match layer.layout() {
+                Some(_) => Format::Qcow2,
+                None => Format::Raw,
+            },
+        });
+        Ok(ImageInfo {
+            backing: backing.collect(),
+            cluster_bytes: layout.map(|layout| layout.cluster_bytes() as u64),
+            ..ImageInfo::new(Format::Qcow2, self.size_bytes())
+        })
     }
 
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {

@@ -14,6 +14,7 @@
 
 use std::io;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -37,6 +38,11 @@ pub enum Step {
     Sync,
 }
 
+/// How often a step is tried that the kernel puts off with EAGAIN (it is short of memory, or of
+/// requests to the disk), and how long to wait before each but the first time.
+const ATTEMPTS: u32 = 1000;
+pub const AGAIN_PAUSE: Duration = Duration::from_millis(1);
+
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Plan {
@@ -57,12 +63,16 @@ pub struct Job {
     bounce: Option<AlignedBuffer>,
     /// Whether the bounce buffer stands in for the request's own buffers.
     bounced: bool,
+    /// How often the kernel has put it off since it last got on.
+    put_off: u32,
 }
 
 /// What comes after a step.
 pub enum After {
     /// Another step.
     Next,
+    /// The same step, after [`AGAIN_PAUSE`].
+    Again,
     /// The end.
     Done(io::Result<()>),
 }
@@ -121,6 +131,7 @@ impl Job {
             done: 0,
             bounce: None,
             bounced,
+            put_off: 0,
         })
     }
 
@@ -184,6 +195,14 @@ impl Job {
 
     /// Takes the result of the step: a number of bytes, or an error.
     pub fn finished(&mut self, result: Result<usize, Errno>, host: &Host) -> After {
+        if result == Err(Errno::AGAIN) && self.put_off < ATTEMPTS {
+            self.put_off += 1;
+            return match self.put_off {
+                1 => After::Next,
+                _ => After::Again,
+            };
+        }
+        self.put_off = 0;
         match (self.plan, result) {
             (_, Err(Errno::INTR)) => After::Next,
             (Plan::Transfer | Plan::WriteZeroes, Ok(count)) => self.transferred(count as u64),

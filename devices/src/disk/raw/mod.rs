@@ -15,21 +15,26 @@ pub use uring::SYSCALLS as URING_SYSCALLS;
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::lock::ImageLock;
-use super::{Geometry, Image, OpenOptions, Queue, open, ring};
-use crate::config::BuildError;
+use super::space::is_no_space;
+use super::{Format, Geometry, Image, ImageInfo, OpenOptions, Queue, open, ring};
+use crate::config::{BuildError, Invalid};
 
 /// A raw image.
 pub struct RawImage {
     host: Arc<Host>,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
     geometry: Geometry,
     serial: String,
+    path: PathBuf,
+    readonly: bool,
     disable_io_uring: bool,
     _lock: ImageLock,
 }
@@ -58,6 +63,9 @@ impl Host {
             return result;
         }
         if let Err(error) = result {
+            tracing::error!(%error, "data in the host's page cache is lost");
+            // Not for want of space: that would mean that it could be tried again.
+            let error = if is_no_space(error) { Errno::IO } else { error };
             self.lost.store(error.raw_os_error(), Ordering::SeqCst);
         }
         match self.lost.load(Ordering::SeqCst) {
@@ -81,9 +89,11 @@ impl RawImage {
                 no_zero_range: AtomicBool::new(false),
                 lost: AtomicI32::new(0),
             }),
-            size_bytes: opened.size_bytes,
+            size_bytes: AtomicU64::new(opened.size_bytes),
             geometry: opened.geometry,
             serial: opened.serial,
+            path: options.path.clone(),
+            readonly: options.readonly,
             disable_io_uring: options.disable_io_uring,
             _lock: opened.lock,
         })
@@ -92,7 +102,7 @@ impl RawImage {
 
 impl Image for RawImage {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::SeqCst)
     }
 
     fn geometry(&self) -> Geometry {
@@ -114,5 +124,37 @@ impl Image for RawImage {
             }
         }
         Ok(Box::new(sync::SyncQueue::new(self.host.clone(), depth)))
+    }
+
+    fn host_file(&self) -> Arc<File> {
+        self.host.file.clone()
+    }
+
+    fn info(&self) -> io::Result<ImageInfo> {
+        Ok(ImageInfo::new(Format::Raw, self.size_bytes()))
+    }
+
+    fn grow(&self, size_bytes: u64) -> Result<(), BuildError> {
+        let file = &*self.host.file;
+        let path = self.path.display();
+        let refuse = |reason: String| BuildError::from(Invalid::new("desired_size", reason));
+        if self.readonly {
+            return Err(refuse(format!("{path} is open for reading only")));
+        }
+        let failed = |e: Errno| BuildError::host(format!("growing {path}"), e);
+        let is = rustix::fs::seek(file, SeekFrom::End(0)).map_err(failed)?;
+        if is < size_bytes {
+            if self.host.block_device {
+                return Err(refuse(format!("the device {path} has {is} bytes")));
+            }
+            rustix::fs::ftruncate(file, size_bytes).map_err(|error| match error {
+                Errno::FBIG | Errno::INVAL => {
+                    refuse(format!("{path} can't be made that large: {error}"))
+                }
+                other => failed(other),
+            })?;
+        }
+        self.size_bytes.store(size_bytes, Ordering::SeqCst);
+        Ok(())
     }
 }

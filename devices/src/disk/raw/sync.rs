@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::super::buffers::{AlignedBuffer, read_at, write_at};
 use super::super::{Completion, Queue, Request};
 use super::Host;
-use super::job::{After, BOUNCE, Job, PUNCH_HOLE, Step, ZERO_RANGE, refusal};
+use super::job::{AGAIN_PAUSE, After, BOUNCE, Job, PUNCH_HOLE, Step, ZERO_RANGE, refusal};
 use crate::allow;
 use crate::sandbox::{Allow, Test};
 
@@ -59,8 +59,10 @@ impl SyncQueue {
                 return Ok(());
             };
             let result = perform(&self.host.file, step, job, false);
-            if let After::Done(result) = job.finished(result, &self.host) {
-                return result;
+            match job.finished(result, &self.host) {
+                After::Done(result) => return result,
+                After::Next => {}
+                After::Again => std::thread::sleep(AGAIN_PAUSE),
             }
         }
     }

@@ -286,6 +286,18 @@ impl Drop for Loop {
     }
 }
 
+fn host(direct: bool) -> Host {
+    Host {
+        file: Arc::new(tempfile::tempfile().unwrap()),
+        direct_memory_align: direct.then_some(512),
+        logical_block: 512,
+        block_device: false,
+        no_punch_hole: AtomicBool::new(false),
+        no_zero_range: AtomicBool::new(false),
+        lost: AtomicI32::new(0),
+    }
+}
+
 /// A flush of an image through the page cache or not, to which the host kernel says `result`.
 fn flush(host: &Host, result: Result<usize, Errno>) -> io::Result<()> {
     use super::job::{After, Job, Step};
@@ -303,22 +315,14 @@ fn flush(host: &Host, result: Result<usize, Errno>) -> io::Result<()> {
     assert_eq!(job.step(), Some(Step::Sync));
     match job.finished(result, host) {
         After::Done(result) => result,
-        After::Next => panic!("a flush has one step"),
+        After::Next | After::Again => panic!("a flush has one step"),
     }
 }
 
 #[test]
 fn after_a_failed_flush_through_the_page_cache_none_succeeds_any_more() {
     for (direct, later) in [(false, Some(libc::EIO)), (true, None)] {
-        let host = Host {
-            file: Arc::new(tempfile::tempfile().unwrap()),
-            direct_memory_align: direct.then_some(512),
-            logical_block: 512,
-            block_device: false,
-            no_punch_hole: AtomicBool::new(false),
-            no_zero_range: AtomicBool::new(false),
-            lost: AtomicI32::new(0),
-        };
+        let host = host(direct);
         flush(&host, Ok(0)).unwrap();
         let first = flush(&host, Err(Errno::IO)).unwrap_err();
         assert_eq!(first.raw_os_error(), Some(libc::EIO));
@@ -326,6 +330,78 @@ fn after_a_failed_flush_through_the_page_cache_none_succeeds_any_more() {
         let second = flush(&host, Ok(0)).err();
         assert_eq!(second.and_then(|e| e.raw_os_error()), later, "{direct}");
     }
+}
+
+#[test]
+fn a_flush_that_lacked_space_after_the_fact_is_a_loss_and_can_not_be_tried_again() {
+    let host = host(false);
+    for _ in 0..2 {
+        let error = flush(&host, Err(Errno::NOSPC)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    }
+    // Without the page cache nothing was completed that could be lost.
+    let host = self::host(true);
+    let error = flush(&host, Err(Errno::NOSPC)).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    flush(&host, Ok(0)).unwrap();
+}
+
+#[test]
+fn what_the_kernel_puts_off_is_tried_again_but_not_for_ever() {
+    use super::job::{After, Job, Step};
+    let host = host(false);
+    let request = Request {
+        tag: 0,
+        operation: Operation::Flush,
+        offset: 0,
+        length: 0,
+        buffers: Buffers::default(),
+    };
+    let Ok(mut job) = Job::new(request, &host) else {
+        panic!("a flush was refused");
+    };
+    let mut pauses = 0;
+    let result = loop {
+        assert_eq!(job.step(), Some(Step::Sync), "the same step again");
+        match job.finished(Err(Errno::AGAIN), &host) {
+            After::Next => {}
+            After::Again => pauses += 1,
+            After::Done(result) => break result,
+        }
+        assert!(pauses < 10_000, "it never ends");
+    };
+    assert!(pauses > 100, "{pauses}");
+    assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EAGAIN));
+}
+
+#[test]
+fn a_raw_image_grows_and_a_device_only_as_far_as_it_goes() {
+    let engine = engine(&folder(), true, false);
+    assert_eq!(engine._image.info().unwrap().virtual_bytes, SIZE);
+    engine._image.grow(SIZE * 2).unwrap();
+    assert_eq!(engine._image.size_bytes(), SIZE * 2);
+    assert_eq!(engine.file.as_file().metadata().unwrap().len(), SIZE * 2);
+    // Somebody else made it larger already.
+    engine.file.as_file().set_len(SIZE * 4).unwrap();
+    engine._image.grow(SIZE * 3).unwrap();
+    assert_eq!(engine.file.as_file().metadata().unwrap().len(), SIZE * 4);
+    match engine._image.grow(1 << 63) {
+        Err(BuildError::Invalid(invalid)) => assert_eq!(invalid.field, "desired_size"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(engine._image.size_bytes(), SIZE * 3);
+    let Some(device) = Loop::new(512) else { return };
+    let image = RawImage::open(&OpenOptions {
+        path: device.device.clone().into(),
+        readonly: false,
+        direct: false,
+        disable_io_uring: true,
+        lock: LockGranularity::ByteRange,
+        backing_files: false,
+    })
+    .unwrap();
+    assert!(matches!(image.grow(SIZE * 2), Err(BuildError::Invalid(_))));
+    assert_eq!(image.size_bytes(), SIZE);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use super::super::buffers::{AlignedBuffer, Part, as_iovecs};
 use super::super::ring::{self, Ring, short};
 use super::super::{Completion, Queue, Request};
 use super::Host;
-use super::job::{After, BOUNCE, Job, Step, refusal};
+use super::job::{AGAIN_PAUSE, After, BOUNCE, Job, Step, refusal};
 use super::sync::perform;
 use crate::allow;
 use crate::sandbox::Allow;
@@ -120,8 +120,10 @@ impl UringQueue {
                 }
                 Some(result) => result,
             };
-            if let After::Done(result) = job.finished(result, &self.host) {
-                return self.finish(slot, result);
+            match job.finished(result, &self.host) {
+                After::Done(result) => return self.finish(slot, result),
+                After::Next => {}
+                After::Again => std::thread::sleep(AGAIN_PAUSE),
             }
         }
     }
@@ -167,6 +169,10 @@ impl UringQueue {
             };
             match job.finished(result, &self.host) {
                 After::Next => self.advance(slot),
+                After::Again => {
+                    std::thread::sleep(AGAIN_PAUSE);
+                    self.advance(slot);
+                }
                 After::Done(result) => self.finish(slot, result),
             }
         }

@@ -149,6 +149,14 @@ impl VirtioPciDevice {
         self.transport.msix().release();
     }
 
+    /// Makes a `change` to what the driver reads in the device's configuration space, and tells the
+    /// driver. Whoever reads the generation before and after the fields sees it change if they did
+    /// (virtio 1.3 §2.5.1). `change` must be short, and not call the transport. Called on the VMM
+    /// thread.
+    pub fn change_config(&self, change: impl FnOnce()) {
+        self.transport.change_config(change);
+    }
+
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }

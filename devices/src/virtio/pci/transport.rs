@@ -81,8 +81,10 @@ impl Transport {
     }
 
     pub(super) fn read_common(&self, offset: u64, data: &mut [u8]) {
+        let registers = self.registers();
+        // Under the lock, as it changes there.
         let generation = self.generation.load(Ordering::SeqCst);
-        self.registers().read(generation, offset, data);
+        registers.read(generation, offset, data);
     }
 
     /// A driver's write to the common configuration, and what follows from it. Called on vCPU
@@ -188,6 +190,19 @@ impl Transport {
         self.msix.trigger(vector);
     }
 
+    /// See [`super::VirtioPciDevice::change_config`].
+    pub(super) fn change_config(&self, change: impl FnOnce()) {
+        let live = {
+            let registers = self.registers();
+            change();
+            self.generation.fetch_add(1, Ordering::SeqCst);
+            registers.is_live()
+        };
+        if live {
+            self.interrupt_config();
+        }
+    }
+
     fn registers(&self) -> MutexGuard<'_, Registers> {
         self.registers
             .lock()
@@ -204,11 +219,7 @@ impl TransportSignals for Transport {
     }
 
     fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        let live = self.registers().is_live();
-        if live {
-            self.interrupt_config();
-        }
+        self.change_config(|| {});
     }
 }
 
