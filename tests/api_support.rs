@@ -121,6 +121,12 @@ impl FakeVmm {
             Command::Balloons { reply } => {
                 answer!(reply, check(Verb::Balloons, state).map(|()| Vec::new()))
             }
+            Command::ResizeDisk { reply, .. } => answer!(reply, check(Verb::ResizeDisk, state)),
+            Command::ResumeDisk { reply, .. } => answer!(reply, check(Verb::ResumeDisk, state)),
+            Command::DiskInfo { id, reply } => {
+                let info = check(Verb::DiskInfo, state);
+                answer!(reply, info.and(Err(Error::UnknownDevice { id })))
+            }
             Command::BalloonStats { reply } => {
                 let stats = BalloonStats {
                     balloon_actual: 4096,

@@ -158,7 +158,6 @@ pub const OPERATIONS: &[&str] = &[
     "vm.add-vsock",
     "vm.coredump",
     "vm.receive-migration",
-    "vm.resize-disk",
     "vm.resize-zone",
     "vm.restore",
     "vm.send-migration",

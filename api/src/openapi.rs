@@ -15,7 +15,7 @@ pub use downgrade::to_3_0;
 
 use crate::error::{Errors, PROBLEM_JSON, Problem};
 use crate::json;
-use crate::routes::{balloons, devices, documents, events, observe, vm, vmm};
+use crate::routes::{balloons, devices, disks, documents, events, observe, vm, vmm};
 
 /// The document, as OpenAPI 3.1.
 pub const OPENAPI_3_1: &str = include_str!("../../openapi/ballast.json");
@@ -41,6 +41,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         (name = "vmm", description = "The process"),
         (name = "vm", description = "The virtual machine"),
         (name = "devices", description = "Plugging and unplugging"),
+        (name = "disks", description = "Disks and their place on the host"),
         (name = "balloons", description = "Memory the guest leaves to the host"),
         (name = "overcommit", description = "Where the memory is, and who gets it"),
     ),
@@ -50,6 +51,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         vm::resume, vm::power_button, vm::nmi, vm::delete,
         vm::resize, vm::set_overcommit,
         devices::add_disk, devices::remove,
+        disks::resize, disks::resume, disks::info,
         balloons::add, balloons::resize, balloons::list, balloons::stats,
         observe::overcommit, observe::metrics,
         events::stream, documents::openapi,
@@ -97,7 +99,9 @@ pub fn error_statuses(operation_id: &str) -> &'static [u16] {
         "getVmInfo" => &[400, 404],
         "getOvercommit" => &[400, 404, 500],
         "getMetrics" => &[400, 500],
-        "getVmCounters" | "getBalloons" | "getBalloonStats" => &[400, 404, 409, 500, 504],
+        "getVmCounters" | "getDiskInfo" | "getBalloons" | "getBalloonStats" => {
+            &[400, 404, 409, 500, 504]
+        }
         "shutdownVmm" | "deleteVm" => &[400, 408, 413, 500, 504],
         "createVm" => &[400, 408, 409, 413, 500, 503, 507],
         "bootVm" | "rebootVm" | "addDisk" | "addBalloon" => {

@@ -21,7 +21,7 @@ use State::{Created, None, Paused, Running};
 const STATES: [State; 4] = [None, Created, Running, Paused];
 
 /// Status of each request by state: no VM, Created, Running, Paused.
-const TABLE: [(&str, &str, [u16; 4]); 21] = [
+const TABLE: [(&str, &str, [u16; 4]); 24] = [
     ("GET", "vmm.ping", [200, 200, 200, 200]),
     ("GET", "vm.info", [404, 200, 200, 200]),
     ("GET", "openapi.json", [200, 200, 200, 200]),
@@ -36,6 +36,9 @@ const TABLE: [(&str, &str, [u16; 4]); 21] = [
     ("GET", "vm.counters", [404, 409, 200, 200]),
     ("PUT", "vm.add-disk", [404, 200, 200, 200]),
     ("PUT", "vm.remove-device", [404, 204, 204, 204]),
+    ("GET", "vm.disk-info?id=there", [404, 409, 200, 200]),
+    ("PUT", "vm.resize-disk", [404, 409, 204, 204]),
+    ("PUT", "vm.resume-disk", [404, 409, 204, 204]),
     ("PUT", "vm.add-balloon", [404, 200, 200, 200]),
     ("PUT", "vm.resize", [404, 204, 204, 204]),
     ("PUT", "vm.resize-balloon", [404, 204, 204, 204]),
@@ -71,6 +74,8 @@ fn send(ballast: &Ballast, client: &mut Client, method: &str, path: &str) -> Res
         "vm.add-balloon" => Some(json!({"size": 4096})),
         "vm.resize" => Some(json!({"desired_balloon": 4096})),
         "vm.resize-balloon" => Some(json!({"id": "__balloon", "desired_size": 8192})),
+        "vm.resize-disk" => Some(json!({"id": "there", "desired_size": 2 << 20})),
+        "vm.resume-disk" => Some(json!({"id": "there"})),
         "vm.remove-device" => Some(json!({"id": "there"})),
         _ => Option::None,
     };

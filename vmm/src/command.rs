@@ -77,8 +77,13 @@ pub enum Command {
         desired_size: u64,
         reply: Reply<()>,
     },
-    /// `vm.resume-disk`: try again what is held for lack of space.
-    ResumeDisk { id: String, reply: Reply<()> },
+    /// `vm.resume-disk`: try again what is held for lack of space; to `give_up` is to hold nothing
+    /// of that any longer.
+    ResumeDisk {
+        id: String,
+        give_up: bool,
+        reply: Reply<()>,
+    },
     /// `vm.disk-info`: how a disk stands on the host.
     DiskInfo { id: String, reply: Reply<DiskInfo> },
     /// `vm.balloons`: where each stands. Answered by the balloons' threads, with statistics that

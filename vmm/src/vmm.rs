@@ -225,8 +225,8 @@ impl Vmm {
                     .and_then(|c| c.running()?.devices.resize_disk(&id, desired_size));
                 self.answer(reply, result);
             }
-            Command::ResumeDisk { id, reply } => {
-                let result = self.resume_disk(&id);
+            Command::ResumeDisk { id, give_up, reply } => {
+                let result = self.resume_disk(&id, give_up);
                 self.answer(reply, result);
             }
             Command::DiskInfo { id, reply } => {
@@ -372,9 +372,13 @@ impl Vmm {
     }
 
     /// Has a disk try again what it holds for lack of space; a VM that was paused for that goes on.
-    fn resume_disk(&mut self, id: &str) -> Result<(), Error> {
+    fn resume_disk(&mut self, id: &str, give_up: bool) -> Result<(), Error> {
         let created = self.created(Verb::ResumeDisk)?;
-        created.running()?.devices.disk(id)?.retry_held();
+        let disk = created.running()?.devices.disk(id)?;
+        if give_up {
+            disk.give_up_held();
+        }
+        disk.retry_held();
         if created.is_paused_for_space() {
             self.resume()?;
         }

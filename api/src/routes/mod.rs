@@ -5,6 +5,7 @@
 
 pub mod balloons;
 pub mod devices;
+pub mod disks;
 pub mod documents;
 pub mod events;
 pub mod observe;
@@ -47,6 +48,9 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.delete", put(vm::delete))
         .route("/vm.add-disk", put(devices::add_disk))
         .route("/vm.remove-device", put(devices::remove))
+        .route("/vm.resize-disk", put(disks::resize))
+        .route("/vm.resume-disk", put(disks::resume))
+        .route("/vm.disk-info", get(disks::info))
         .route("/vm.resize", put(vm::resize))
         .route("/vm.set-overcommit", put(vm::set_overcommit))
         .route("/vm.add-balloon", put(balloons::add))

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{Array, ArrayBuilder, ObjectBuilder, Type};
 
 use crate::config::{Invalid, PciCommon};
 pub use crate::disk::LockGranularity;
@@ -77,7 +78,7 @@ pub struct DiskConfig {
     /// How full, in percent, the host's file system, or the image measured by `write_threshold`,
     /// may be before an event says so: ascending, 1 to 99, at most 8; none for no such events.
     #[serde(default = "watermarks")]
-    #[schema(max_items = 8, example = json!([75, 90, 95]))]
+    #[schema(schema_with = percentages)]
     pub space_watermarks: Vec<u8>,
     /// Whether writes of nothing but zeroes are looked for, which costs a look at the data.
     #[serde(default)]
@@ -139,6 +140,17 @@ fn one() -> u16 {
 
 fn default_queue_size() -> u16 {
     128
+}
+
+fn percentages() -> Array {
+    let percentage = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .minimum(Some(1))
+        .maximum(Some(99));
+    ArrayBuilder::new()
+        .items(percentage)
+        .max_items(Some(8))
+        .build()
 }
 
 fn watermarks() -> Vec<u8> {

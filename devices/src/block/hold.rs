@@ -41,6 +41,8 @@ struct State {
     /// Somebody has heard of it at all.
     ever_told: bool,
     outcome: Option<HoldOutcome>,
+    /// What was held by then is not to be held any longer.
+    given_up: Option<Instant>,
 }
 
 impl Hold {
@@ -57,7 +59,21 @@ impl Hold {
 
     /// Whether a request that failed with `error`, for the first time `since`, is to be held.
     pub fn wants(&self, error: &io::Error, since: Option<Instant>, now: Instant) -> bool {
-        self.policy != OnEnospc::Report && is_no_space(error) && !self.is_over(since, now)
+        self.policy != OnEnospc::Report
+            && is_no_space(error)
+            && !self.is_over(since, now)
+            && !since.is_some_and(|since| self.is_given_up(since))
+    }
+
+    /// What is held now is to fail if there is still no space when it is tried next. Called on the
+    /// VMM thread.
+    pub fn give_up(&self) {
+        self.state().given_up = Some(Instant::now());
+    }
+
+    /// Whether that was said after `since`.
+    pub fn is_given_up(&self, since: Instant) -> bool {
+        self.state().given_up.is_some_and(|until| since <= until)
     }
 
     fn is_over(&self, since: Option<Instant>, now: Instant) -> bool {
@@ -213,6 +229,23 @@ mod tests {
         };
         let outcome = HoldOutcome::Reported;
         assert_eq!(*end, DeviceEvent::DiskResumed { outcome });
+    }
+
+    #[test]
+    fn what_is_given_up_is_held_no_longer_and_what_comes_later_is() {
+        let (hold, _) = hold(json!({}));
+        let before = Instant::now();
+        hold.failed(512, &full(), false);
+        hold.give_up();
+        assert!(!hold.wants(&full(), Some(before), before));
+        let later = Instant::now() + Duration::from_millis(1);
+        assert!(hold.wants(&full(), None, later));
+        assert!(hold.wants(&full(), Some(later), later));
+        hold.ended(512, HoldOutcome::Reported);
+        assert!(
+            !hold.is_given_up(before),
+            "with the last that was held it is over"
+        );
     }
 
     #[test]

@@ -122,6 +122,12 @@ impl Block {
         }
     }
 
+    /// Has what is held fail if there is no space when it is tried next, which
+    /// [`Block::retry_held`] does. Called on the VMM thread.
+    pub fn give_up_held(&self) {
+        self.hold.give_up();
+    }
+
     /// Whether the VM is to stand still until the host has space.
     pub fn wants_pause(&self) -> bool {
         self.hold.wants_pause()

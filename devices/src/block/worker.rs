@@ -661,7 +661,10 @@ impl Handler for QueueHandler {
         if let Some(active) = &mut self.active {
             // Nobody could make space for it, or hear of it, meanwhile.
             for held in active.held.iter_mut().chain(&mut active.again) {
-                held.pending.held_since = Some(now);
+                let since = &mut held.pending.held_since;
+                if !since.is_some_and(|since| self.common.hold.is_given_up(since)) {
+                    *since = Some(now);
+                }
             }
         }
         self.common.hold.vm_resumed();

@@ -11,6 +11,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use ballast_api::body;
 use ballast_api::compat;
 use ballast_api::routes::balloons::ResizeBalloon;
+use ballast_api::routes::disks::{ResizeDisk, ResumeDisk};
 use ballast_api::routes::devices::RemoveDevice;
 use devices::balloon::BalloonConfig;
 use devices::block::DiskConfig;
@@ -31,6 +32,8 @@ fn all_types(bytes: &[u8]) {
     round_trip(bytes, |config: &BalloonConfig| config.validate().is_ok());
     round_trip(bytes, |_: &RemoveDevice| true);
     round_trip(bytes, |_: &ResizeBalloon| true);
+    round_trip(bytes, |_: &ResizeDisk| true);
+    round_trip(bytes, |_: &ResumeDisk| true);
     round_trip(bytes, |_: &VmResize| true);
     round_trip(bytes, |config: &OvercommitConfig| {
         config.validate(1 << 30).is_ok()
@@ -68,6 +71,8 @@ static WORDS: LazyLock<Vec<String>> = LazyLock::new(|| {
         (BalloonConfig::name().into_owned(), BalloonConfig::schema()),
         (RemoveDevice::name().into_owned(), RemoveDevice::schema()),
         (ResizeBalloon::name().into_owned(), ResizeBalloon::schema()),
+        (ResizeDisk::name().into_owned(), ResizeDisk::schema()),
+        (ResumeDisk::name().into_owned(), ResumeDisk::schema()),
         (VmResize::name().into_owned(), VmResize::schema()),
     ];
     VmConfig::schemas(&mut schemas);

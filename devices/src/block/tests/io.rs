@@ -268,3 +268,34 @@ fn a_throttled_disk_is_slow_but_loses_nothing() {
         assert!(begin.elapsed() < Duration::from_secs(10), "{setup:?}");
     }
 }
+
+#[test]
+fn a_disk_that_has_grown_is_read_and_written_beyond_its_old_end() {
+    for setup in setups() {
+        let mut disk = Disk::new(setup);
+        let capacity = |disk: &Disk| {
+            let mut bytes = [0; 8];
+            disk.block.read_config(0, &mut bytes);
+            u64::from_le_bytes(bytes)
+        };
+        let end = SIZE / 512;
+        assert_eq!(disk.write(end, &[3; 4096]), IOERR);
+        for size in [SIZE - 4096, SIZE + 1, u64::MAX] {
+            assert!(disk.block.grow(size).is_err(), "{size}");
+        }
+        disk.block.grow(2 * SIZE).unwrap();
+        assert_eq!(
+            capacity(&disk),
+            end,
+            "the driver is told when the transport is ready"
+        );
+        assert_eq!(disk.write(end, &[3; 4096]), IOERR);
+        disk.block.set_size();
+        assert_eq!(capacity(&disk), 2 * end);
+        assert_eq!(disk.write(end, &[3; 4096]), OK);
+        assert_eq!(disk.read(end, 4096), (OK, vec![3; 4096]));
+        assert_eq!(disk.read(2 * end - 8, 4096), (OK, vec![0; 4096]));
+        assert_eq!(disk.read(2 * end - 7, 4096).0, IOERR);
+        assert_eq!(disk.on_host(SIZE, 4096), [3; 4096]);
+    }
+}

@@ -206,6 +206,28 @@ fn a_change_of_the_configuration_bumps_the_generation_and_interrupts_a_running_d
 }
 
 #[test]
+fn a_driver_that_reads_while_the_configuration_changes_sees_the_generation_change() {
+    let Bench {
+        mut driver, device, ..
+    } = bench();
+    driver.start(VERSION_1, 16);
+    let before = driver.common_read::<1>(0x15);
+    let (changing, changed) = std::sync::mpsc::channel();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let changer = std::thread::spawn(move || {
+        device.change_config(|| {
+            changing.send(()).unwrap();
+            // Whoever asks for the generation now waits for the end of the change.
+            let _ = wait.recv_timeout(Duration::from_millis(50));
+        });
+        drop(go);
+    });
+    changed.recv().unwrap();
+    assert_ne!(driver.common_read::<1>(0x15), before);
+    changer.join().unwrap();
+}
+
+#[test]
 fn a_reset_while_busy_reads_as_the_old_status_until_requests_are_finished() {
     let finishing = Duration::from_millis(50);
     let Bench {
