@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::driver::BUFFERS;
 use super::{Disk, DiskConfig, IOERR, OK, SIZE, Setup, setups};
+use crate::disk::qcow2::tests::qemu;
 use crate::event::{DeviceEvent, HoldOutcome};
 use crate::virtio::VirtioDevice;
 use crate::worker::Order;
@@ -390,6 +391,59 @@ fn zeroes_that_keep_their_space_are_zeroes_too_and_lack_space_like_data() {
         small.make_space();
         disk.driver.wait_used();
         assert_eq!((disk.status(1), allocated(&path)), (OK, 2 * CHUNK));
+    }
+}
+
+#[test]
+fn a_thin_image_that_lacks_space_waits_and_is_sound_after_that() {
+    for setup in setups() {
+        let Some(small) = Small::new() else { return };
+        let Some(_) = qemu::folder() else { return };
+        let path = small.path("image");
+        qemu::img(&format!("create -q -f qcow2 {} {SIZE}", path.display()));
+        let more = json!({"image_type": "Qcow2"});
+        let mut disk = Disk::on(&path, setup, more);
+        let mut done = 0;
+        while done < 24 {
+            disk.begin_write(0, done * CHUNK, done as u8 + 1);
+            disk.wait_until("done or held", |disk| {
+                disk.status(0) != 0xee || disk.block.hold.held().0 > 0
+            });
+            if disk.block.hold.held().0 > 0 {
+                break;
+            }
+            disk.driver.wait_used();
+            assert_eq!(disk.status(0), OK);
+            done += 1;
+        }
+        let (held, _) = disk.block.hold.held();
+        assert!(held > 0, "{setup:?}: {done} chunks do not fit into one MiB");
+        assert!(disk.io_errors().is_empty(), "{setup:?}");
+        let mounted = Command::new("mount")
+            .args(["-o", "remount,size=64m"])
+            .arg(small.0.path())
+            .status();
+        assert!(mounted.unwrap().success());
+        disk.block.retry_held();
+        disk.driver.wait_used();
+        assert_eq!(disk.status(0), OK);
+        disk.wait_held(0);
+        assert_eq!(disk.outcomes(), [HoldOutcome::Done], "{setup:?}");
+        assert_eq!(disk.flush(), OK);
+        assert!(disk.block.grow(2 * SIZE).is_err(), "not supported yet");
+        let info = disk.block.info("disk").unwrap();
+        assert_eq!((info.virtual_size, info.cluster_size), (SIZE, Some(65536)));
+        drop(disk);
+        qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+        let content = qemu::content(&path);
+        for (chunk, bytes) in content.chunks(CHUNK as usize).enumerate() {
+            let fill = if chunk as u64 <= done {
+                chunk as u8 + 1
+            } else {
+                0
+            };
+            assert!(bytes.iter().all(|byte| *byte == fill), "{setup:?} {chunk}");
+        }
     }
 }
 
