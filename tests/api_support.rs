@@ -199,6 +199,7 @@ impl FakeVmm {
                 config: config.clone(),
                 state: *state,
                 memory_actual_size: config.memory.size,
+                overcommit_ledger: None,
                 device_tree: None,
             })
         });

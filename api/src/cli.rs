@@ -2,12 +2,15 @@
 //!
 //! Options have Cloud Hypervisor's names and forms, so that what starts that starts this.
 
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{ArgAction, Parser};
+use clap::{ArgAction, Parser, Subcommand};
 use devices::sandbox::SeccompMode;
+
+use crate::host::HostCommand;
 
 /// The Cloud Hypervisor version whose API and options these are. Clients compare it: libvirt wants
 /// at least 40 for all it can do.
@@ -19,8 +22,15 @@ pub const FEATURES: &[&str] = &["io_uring", "kvm"];
 
 /// A virtual machine monitor that is a microservice: one process, one virtual machine.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "ballast", disable_version_flag = true)]
+#[command(
+    name = "ballast",
+    disable_version_flag = true,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Arguments {
+    /// What to do instead of being a virtual machine
+    #[command(subcommand)]
+    pub tool: Option<Tool>,
     /// Where to serve the API: a path, `path=PATH`, or `fd=N` for a Unix socket that listens already
     #[arg(long, value_name = "PATH|path=PATH|fd=N")]
     pub api_socket: Option<Target>,
@@ -44,9 +54,21 @@ pub struct Arguments {
     /// Stay when the guest powers itself off
     #[arg(long)]
     pub no_shutdown: bool,
+    /// The directory that the VMs of this host share, so that together they promise no more than
+    /// there is
+    #[arg(long, value_name = "DIR")]
+    pub overcommit_ledger: Option<PathBuf>,
     /// Print version
     #[arg(short = 'V', long)]
     pub version: bool,
+}
+
+/// What the program does besides being a virtual machine.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Tool {
+    /// Look at the host
+    #[command(subcommand)]
+    Host(HostCommand),
 }
 
 /// Something named by its path or by a descriptor that the process inherited.
@@ -56,6 +78,15 @@ pub enum Target {
     Path(PathBuf),
     /// `fd=N`.
     Descriptor(RawFd),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Descriptor(number) => write!(f, "fd={number}"),
+        }
+    }
 }
 
 impl FromStr for Target {
@@ -137,6 +168,23 @@ mod tests {
         assert_eq!(libvirt.seccomp, SeccompMode::Enforce);
         assert!(parse("ballast --seccomp maybe").is_err());
         assert!(parse("ballast --no-such-option").is_err());
+    }
+
+    #[test]
+    fn a_tool_is_a_subcommand_and_mixes_with_no_option_of_a_vm() {
+        let line = "ballast host overcommit --ledger /l --json";
+        let Some(Tool::Host(HostCommand::Overcommit { ledger, json })) = parse(line).unwrap().tool
+        else {
+            panic!("another tool");
+        };
+        assert_eq!((ledger, json), (Some("/l".into()), true));
+        assert!(parse("ballast host overcommit").unwrap().tool.is_some());
+        assert!(parse("ballast").unwrap().tool.is_none());
+        assert!(parse("ballast host").is_err());
+        assert!(parse("ballast host nothing").is_err());
+        assert!(parse("ballast --api-socket /s host overcommit").is_err());
+        let vm = parse("ballast --api-socket /s --overcommit-ledger /l").unwrap();
+        assert_eq!(vm.overcommit_ledger, Some("/l".into()));
     }
 
     #[test]

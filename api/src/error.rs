@@ -261,6 +261,7 @@ impl From<Error> for ApiError {
             Error::OutOfDescriptors { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "out-of-descriptors")
             }
+            Error::NotAdmitted(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-admitted"),
             Error::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, "timeout"),
             Error::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host"),
         };
@@ -325,6 +326,10 @@ mod tests {
                 (503, "out-of-descriptors")
             );
         }
+        assert_eq!(
+            status(Error::NotAdmitted("the guarantee".into())),
+            (507, "not-admitted")
+        );
         assert_eq!(status(Error::Timeout("pausing")), (504, "timeout"));
         let below = Error::BelowFloor {
             field: "size".into(),

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod compat;
 pub mod error;
 pub mod event_monitor;
+pub mod host;
 pub mod json;
 pub mod log;
 pub mod metrics;

@@ -89,7 +89,10 @@ const STATUSES: &[(u16, &str)] = &[
         "The process or the host has no file descriptor left; it may be tried again.",
     ),
     (504, "It took too long; it may be tried again."),
-    (507, "The host has not enough memory."),
+    (
+        507,
+        "The host has not enough memory, or not enough that is not guaranteed to other VMs.",
+    ),
 ];
 
 /// The statuses of errors that an operation can answer.
@@ -103,7 +106,8 @@ pub fn error_statuses(operation_id: &str) -> &'static [u16] {
             &[400, 404, 409, 500, 504]
         }
         "shutdownVmm" | "deleteVm" => &[400, 408, 413, 500, 504],
-        "createVm" => &[400, 408, 409, 413, 500, 503, 507],
+        "createVm" => &[400, 408, 409, 413, 500, 503, 504, 507],
+        "setOvercommit" => &[400, 404, 408, 409, 413, 500, 504, 507],
         "bootVm" | "rebootVm" | "addDisk" | "addBalloon" => {
             &[400, 404, 408, 409, 413, 500, 503, 504, 507]
         }

@@ -24,8 +24,9 @@ use vmm::Handle;
 use vmm::command::Command;
 use vmm::config::VmConfig;
 use vmm::event::Events;
+use vmm::overcommit::ledger::{Ledger, LedgerError};
 
-use crate::cli::{Arguments, Target};
+use crate::cli::{Arguments, Target, Tool};
 use crate::error::ApiError;
 use crate::event_monitor::EventMonitor;
 use crate::raw::BlockedSignals;
@@ -49,6 +50,8 @@ enum StartError {
     EventMonitor(io::Error),
     #[error("--api-socket: {0}")]
     Socket(#[from] SocketError),
+    #[error("--overcommit-ledger: {0}")]
+    Ledger(#[from] LedgerError),
     #[error("--config {}: {message}", path.display())]
     Config { path: PathBuf, message: String },
     #[error(transparent)]
@@ -74,6 +77,10 @@ pub fn run(arguments: &Arguments, start: Instant) -> ExitCode {
         print!("{}", arguments.version_text());
         return ExitCode::SUCCESS;
     }
+    match &arguments.tool {
+        Some(Tool::Host(command)) => return command.run(),
+        None => {}
+    }
     log::install_panic_hook();
     match Prepared::new(arguments, start).and_then(Prepared::serve) {
         Ok(code) => code,
@@ -89,6 +96,7 @@ struct Prepared {
     events: Events,
     monitor: Option<EventMonitor>,
     socket: Option<ApiSocket>,
+    ledger: Option<Ledger>,
     signals: BlockedSignals,
     config: Option<(PathBuf, VmConfig)>,
     seccomp: SeccompMode,
@@ -132,10 +140,16 @@ impl Prepared {
             Some(socket) => Some(socket),
             None => api.map(open_socket).transpose()?,
         };
+        // Last, as it is for others to see.
+        let named = api.map(ToString::to_string).unwrap_or_default();
+        let open_ledger = |path: &PathBuf| Ledger::open(path, &named, events.clone());
+        let ledger = arguments.overcommit_ledger.as_ref().map(open_ledger);
+        let ledger = ledger.transpose()?;
         Ok(Self {
             events,
             monitor,
             socket,
+            ledger,
             signals,
             config,
             seccomp: arguments.seccomp,
@@ -158,7 +172,7 @@ impl Prepared {
             exit_on_power_off: self.exit_on_power_off,
             ..vmm::vmm::Options::default()
         };
-        let handle = vmm::vmm::start(options, self.events.clone())?;
+        let handle = vmm::vmm::start(options, self.ledger, self.events.clone())?;
         spawn_signal_thread(self.signals, self.seccomp, handle.clone())?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()

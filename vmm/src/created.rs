@@ -21,6 +21,7 @@ use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::overcommit::cost::SharedRam;
 use crate::overcommit::cpu::{self, CpuLimits};
+use crate::overcommit::ledger::Measures;
 use crate::overcommit::view::{Observer, Subject, View};
 use crate::state::State;
 use crate::status::{Observation, PciDeviceInfo, VmCounters, VmInfo};
@@ -109,8 +110,44 @@ impl Created {
             config: self.config.clone(),
             state: self.state(),
             memory_actual_size: self.memory_actual_bytes(),
+            overcommit_ledger: None,
             device_tree: self.running.as_ref().map(|vm| vm.devices.tree()),
         }
+    }
+
+    /// The configuration as it is now.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// What the other VMs on the host are told of this one.
+    pub fn measures(&self, observer: &mut Observer) -> Measures {
+        let mut measures = Measures {
+            actual: self.running.as_ref().map(|_| self.memory_actual_bytes()),
+            ..Measures::default()
+        };
+        if let Ok(cost) = observer.cost(self.shared_ram()) {
+            measures.resident = Some(cost.resident);
+            measures.swap = cost.swap;
+        }
+        let balloons = self.running.iter().flat_map(|vm| vm.devices.balloons());
+        for (id, balloon) in balloons {
+            let info = balloon.viewer().info(id);
+            let add = |sum: &mut Option<u64>, more: u64| {
+                *sum = Some(sum.unwrap_or_default().saturating_add(more));
+            };
+            add(&mut measures.balloon_target, info.target);
+            add(&mut measures.balloon_actual, info.actual);
+            add(&mut measures.reported_free, info.reported_free);
+            // Whoever of them told last: it is one guest.
+            if let Some(sample) = info.statistics.get("available_memory")
+                && measures.idle_age_ms.is_none_or(|age| sample.age_ms < age)
+            {
+                measures.idle = Some(sample.value);
+                measures.idle_age_ms = Some(sample.age_ms);
+            }
+        }
+        measures
     }
 
     /// RAM, less what the guest says it has given; its word, so that it may be nonsense.

@@ -101,6 +101,9 @@ pub enum Error {
         /// Whose limit it was.
         reason: String,
     },
+    /// The VM does not fit beside what the others on the host are guaranteed or promised.
+    #[error("not admitted: {0}")]
+    NotAdmitted(String),
     /// The guest or the host took too long; the command may be sent again.
     #[error("{0} took too long")]
     Timeout(&'static str),

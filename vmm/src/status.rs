@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::config::VmConfig;
+use crate::overcommit::ledger::LedgerStatus;
 use crate::overcommit::view::View;
 use crate::state::State;
 
@@ -21,6 +22,10 @@ pub struct VmInfo {
     pub state: State,
     /// Bytes of RAM less those that the guest says its balloons have, as of about a second ago.
     pub memory_actual_size: u64,
+    /// The ledger that the VM shares with the others on the host, and whether it works; absent
+    /// without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overcommit_ledger: Option<LedgerStatus>,
     /// The devices of a booted VM by id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,

@@ -9,7 +9,7 @@ use devices::config;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
 
-use crate::overcommit::{cpu, psi};
+use crate::overcommit::{cpu, ledger, psi};
 use crate::{boot, interrupts, memory, vcpu};
 
 /// Making a thread, and installing its filter in it.
@@ -30,6 +30,7 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
         WORKER,
         SPAWN,
         memory::SYSCALLS,
+        ledger::SYSCALLS,
         interrupts::SYSCALLS,
         vcpu::SYSCALLS,
         vcpu::CONTROL_SYSCALLS,

@@ -17,18 +17,22 @@ use vmm_sys_util::signal::block_signal;
 
 use crate::balloons;
 use crate::command::{Command, Endpoint, Handle, Message, Reply, channel};
-use crate::config::{VmConfig, VmResize};
+use crate::config::{OvercommitConfig, VmConfig, VmResize};
 use crate::created::Created;
 use crate::device_manager::Removed;
 use crate::disks;
 use crate::error::Error;
 use crate::event::Events;
 use crate::overcommit::Alone;
+use crate::overcommit::Coordinator;
 use crate::overcommit::control::{COUNTERS_ID, Control};
+use crate::overcommit::ledger::{
+    Ledger, LedgerStatus, Measures, Reservation, SharedLedger, UPDATE_INTERVAL,
+};
 use crate::overcommit::psi::{self, Sources};
 use crate::overcommit::view::{Governor, Observer};
 use crate::state::{State, Verb, check};
-use crate::status::{BalloonStats, PciDeviceInfo, VmCounters};
+use crate::status::{BalloonStats, PciDeviceInfo, VmCounters, VmInfo};
 use crate::syscalls;
 use crate::vm::Environment;
 
@@ -49,13 +53,18 @@ pub struct Options {
 }
 
 /// Starts the VMM thread. Called once, by the main thread, before it installs its own filter.
-pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
+pub fn start(options: Options, ledger: Option<Ledger>, events: Events) -> Result<Handle, Error> {
     let failed = |e: &dyn std::fmt::Display| Error::host("starting the VMM thread", e);
     let (handle, endpoint) = channel(events);
     let filter =
         Filter::compile("vmm", options.seccomp, &syscalls::vmm_thread()).map_err(|e| failed(&e))?;
     // Opened before the filter is installed.
-    let control = Control::new(Sources::open(&options.host), Box::new(Alone));
+    let ledger = ledger.map(SharedLedger::new);
+    let coordinator: Box<dyn Coordinator> = match &ledger {
+        Some(ledger) => Box::new(ledger.clone()),
+        None => Box::new(Alone),
+    };
+    let control = Control::new(Sources::open(&options.host), coordinator);
     let (installed, outcome) = std::sync::mpsc::channel::<Result<(), sandbox::SandboxError>>();
     std::thread::Builder::new()
         .name("vmm".to_owned())
@@ -68,7 +77,7 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
             // The spawner waits for this, so it is there to hear it.
             let _ = installed.send(result);
             if go {
-                Vmm::new(options, endpoint, control).run();
+                Vmm::new(options, ledger, endpoint, control).run();
             }
         })
         .map_err(|e| failed(&e))?;
@@ -81,6 +90,10 @@ pub fn start(options: Options, events: Events) -> Result<Handle, Error> {
 
 struct Vmm {
     options: Options,
+    /// What the VMs of the host share.
+    ledger: Option<SharedLedger>,
+    /// What was told there last, and when.
+    told: Option<(State, Instant)>,
     endpoint: Endpoint,
     created: Option<Created>,
     observer: Observer,
@@ -93,9 +106,16 @@ enum Flow {
 }
 
 impl Vmm {
-    fn new(options: Options, endpoint: Endpoint, control: Control) -> Self {
+    fn new(
+        options: Options,
+        ledger: Option<SharedLedger>,
+        endpoint: Endpoint,
+        control: Control,
+    ) -> Self {
         Self {
             options,
+            ledger,
+            told: None,
             endpoint,
             created: None,
             observer: Observer::default(),
@@ -120,10 +140,14 @@ impl Vmm {
             if let Flow::End = flow {
                 break;
             }
+            self.tell_ledger();
         }
         // Before the end is told and the process may exit: consoles write out what they hold, give
         // the terminal its mode back and remove their sockets.
         self.created = None;
+        if let Some(ledger) = self.ledger.take() {
+            ledger.lock().leave();
+        }
         self.publish();
         self.emit("vmm", "shutdown", &[]);
         self.endpoint.ended.send_replace(true);
@@ -132,7 +156,8 @@ impl Vmm {
     /// The next message, or `None` when a deadline has passed.
     fn next_message(&self) -> Option<Message> {
         let removal = self.created.as_ref().and_then(Created::next_deadline);
-        let deadline = removal.into_iter().chain(self.next_look()).min();
+        let deadlines = removal.into_iter().chain(self.next_look());
+        let deadline = deadlines.chain(self.ledger_due()).min();
         receive(&self.endpoint.inbox, deadline)
     }
 
@@ -210,9 +235,7 @@ impl Vmm {
                 self.answer(reply, result);
             }
             Command::SetOvercommit { config, reply } => {
-                let result = self
-                    .created(Verb::SetOvercommit)
-                    .and_then(|c| c.set_overcommit(*config));
+                let result = self.set_overcommit(*config);
                 self.answer(reply, result);
             }
             Command::ResizeDisk {
@@ -271,7 +294,13 @@ impl Vmm {
     }
 
     fn publish(&self) {
-        let status = self.created.as_ref().map(|c| Arc::new(c.info()));
+        let status = self.created.as_ref().map(|created| {
+            let overcommit_ledger = self.ledger_status();
+            Arc::new(VmInfo {
+                overcommit_ledger,
+                ..created.info()
+            })
+        });
         self.endpoint.status.send_replace(status);
     }
 
@@ -301,6 +330,10 @@ impl Vmm {
 
     fn create(&mut self, config: VmConfig) -> Result<(), Error> {
         self.legal(Verb::Create)?;
+        if let Some(ledger) = &self.ledger {
+            config.validate()?;
+            ledger.lock().check(Reservation::of(&config))?;
+        }
         self.created = Some(Created::new(config, self.options.seccomp)?);
         Ok(())
     }
@@ -313,10 +346,22 @@ impl Vmm {
         };
         let events = self.endpoint.events.clone();
         self.observer.forget();
-        let created = self.created(Verb::Boot)?;
+        let config = self.created(Verb::Boot)?.config();
+        let asked = Reservation::of(config);
+        let weight = config.weight();
         events.emit("vm", "booting", &[]);
-        let result = created.boot(environment, paused);
+        // Before the machine is built, so that two VMs that boot at the same moment do not get
+        // the same memory.
+        let admitted = match &self.ledger {
+            Some(ledger) => ledger.lock().reserve(asked, weight),
+            None => Ok(()),
+        };
+        let created = self.created(Verb::Boot)?;
+        let result = admitted.and_then(|()| created.boot(environment, paused));
         self.control.restart();
+        if result.is_err() {
+            self.release();
+        }
         match &result {
             Ok(()) => self.tell("booted"),
             Err(error) => {
@@ -330,6 +375,7 @@ impl Vmm {
     fn shutdown(&mut self) -> Result<(), Error> {
         self.observer.forget();
         let removed = self.created(Verb::Shutdown)?.power_off();
+        self.release();
         self.tell_removed(removed);
         self.tell("shutdown");
         Ok(())
@@ -353,6 +399,87 @@ impl Vmm {
         };
         self.tell(outcome);
         result
+    }
+
+    /// The machine is gone; what was set aside for it is there for others.
+    fn release(&mut self) {
+        if let Some(ledger) = &self.ledger {
+            ledger.lock().release();
+        }
+    }
+
+    fn ledger_status(&self) -> Option<LedgerStatus> {
+        self.ledger.as_ref().map(|ledger| ledger.lock().status())
+    }
+
+    /// When the other VMs on the host are to be told how this one is.
+    fn ledger_due(&self) -> Option<Instant> {
+        self.ledger.as_ref()?;
+        let (state, at) = self.told?;
+        (state != State::Created).then(|| at + UPDATE_INTERVAL)
+    }
+
+    /// Tells them, where the state is another or some time has passed; and our clients, how that
+    /// went, where it went otherwise than before.
+    fn tell_ledger(&mut self) {
+        let Some(ledger) = self.ledger.clone() else {
+            return;
+        };
+        let state = self.state();
+        let now = Instant::now();
+        let same = state == self.told.map(|(told, _)| told);
+        if !same || self.ledger_due().is_some_and(|due| due <= now) {
+            self.told = state.map(|state| (state, now));
+            self.update_ledger(&ledger);
+        }
+        let changed = ledger.lock().has_news();
+        if changed {
+            self.publish();
+            ledger.lock().tell_news();
+        }
+    }
+
+    fn update_ledger(&mut self, ledger: &SharedLedger) {
+        let Some(created) = &self.created else {
+            ledger.lock().update("", "", Measures::default());
+            return;
+        };
+        let platform = created.config().platform.as_ref();
+        let id = platform.and_then(|platform| platform.system_uuid.as_deref());
+        let state = created.state().to_string();
+        let measures = created.measures(&mut self.observer);
+        ledger
+            .lock()
+            .update(id.unwrap_or_default(), &state, measures);
+    }
+
+    /// Changes the policy, and what is set aside for the VM with it.
+    fn set_overcommit(&mut self, config: OvercommitConfig) -> Result<(), Error> {
+        let ledger = self.ledger.clone();
+        let created = self.created(Verb::SetOvercommit)?;
+        let old = Reservation::of(created.config());
+        let old_weight = created.config().weight();
+        let mut desired = created.config().clone();
+        desired.overcommit = Some(config.clone());
+        desired
+            .validate()
+            .map_err(|e| e.relative_to("overcommit"))?;
+        let new = Reservation::of(&desired);
+        let booted = created.state() != State::Created;
+        let Some(ledger) = ledger.filter(|_| booted) else {
+            return created.set_overcommit(config);
+        };
+        // What is given back is never refused, whichever way it turns out.
+        if !old.covers(&new) {
+            ledger.lock().reserve(new, desired.weight())?;
+        }
+        match created.set_overcommit(config) {
+            Ok(()) => ledger.lock().reserve(new, desired.weight()),
+            Err(error) => {
+                ledger.lock().reserve(old, old_weight)?;
+                Err(error)
+            }
+        }
     }
 
     fn pause(&mut self) -> Result<(), Error> {
@@ -391,6 +518,7 @@ impl Vmm {
         };
         if created.state() != State::Created {
             created.power_off();
+            self.release();
             self.tell("shutdown");
         }
         self.created = None;
@@ -559,6 +687,7 @@ impl Vmm {
     fn guest_power_off(&mut self) -> Flow {
         if let Some(created) = &mut self.created {
             let removed = created.power_off();
+            self.release();
             self.tell_removed(removed);
             self.tell("shutdown");
         }

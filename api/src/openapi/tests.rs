@@ -325,6 +325,7 @@ fn a_real_answer_matches_its_schema() {
         config,
         state: ::vmm::state::State::Running,
         memory_actual_size: 1 << 29,
+        overcommit_ledger: None,
         device_tree: Some([("_disk0".to_owned(), node)].into()),
     };
     let value = serde_json::to_value(&info).unwrap();

@@ -29,8 +29,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Server-Sent Events: `event` is the event's name, `data` the event as JSON. The names are Cloud
 /// Hypervisor's, plus the failures that it does not tell: `boot-failed`, `device-failed`,
 /// `device-removal-timed-out`, `io-error`, `guest-reset`, `vcpu-error`; and what balloons do:
-/// `balloon-progress`, `balloon-reached`, `balloon-stalled`. A client that reads too slowly misses
-/// events and gets `events-lost` with their number.
+/// `balloon-progress`, `balloon-reached`, `balloon-stalled`; and of the ledger that VMs share:
+/// `admission-refused`, `overcommit-record-removed`, `overcommit-ledger-degraded`,
+/// `overcommit-ledger-restored`. A client that reads too slowly misses events and gets
+/// `events-lost` with their number.
 #[utoipa::path(
     get, path = "/vm.events", operation_id = "followEvents", tag = "vm",
     responses((

@@ -15,7 +15,8 @@ use crate::error::ApiError;
 /// Configure a VM
 ///
 /// Everything that can be checked is checked now; a configuration that is refused is not kept.
-/// Nothing is started: `vm.boot` does that.
+/// Nothing is started: `vm.boot` does that. Where the VM shares a ledger with others and would not
+/// be admitted beside them now, that is 507 with the numbers; nothing is set aside yet.
 #[utoipa::path(
     put, path = "/vm.create", operation_id = "createVm", tag = "vm",
     request_body(
@@ -110,7 +111,9 @@ pub async fn counters(State(handle): State<Handle>) -> Result<Response, ApiError
 
 /// Start the VM
 ///
-/// When it fails, everything is as it was, and it can be tried again.
+/// When it fails, everything is as it was, and it can be tried again. Where the VM shares a ledger
+/// with others, what it is guaranteed is set aside first; 507 tells the numbers if there is too
+/// little left.
 #[utoipa::path(
     put, path = "/vm.boot", operation_id = "bootVm", tag = "vm",
     responses((status = 204, description = "The vCPUs run.")),
@@ -140,7 +143,8 @@ pub async fn resize(
 /// The whole policy is replaced; what is left out has its default. In mode auto the governor drives
 /// the first balloon, from now on or from when there is one; each of its steps is an event
 /// `overcommit-action` with its reason. In mode off the balloon stays where it is. A guarantee that
-/// the other balloons' targets already break is refused.
+/// the other balloons' targets already break is refused, and so is, of a booted VM with a ledger,
+/// a larger one that does not fit beside those of the other VMs (507).
 #[utoipa::path(
     put, path = "/vm.set-overcommit", operation_id = "setOvercommit", tag = "vm",
     request_body(

@@ -5,6 +5,7 @@
 //! kernel to kernel: a file or line that is not there is told as such and never counted as 0.
 //! Everything is parsed by pure functions over text of bounded length.
 
+pub mod admission;
 pub mod cgroup;
 pub mod control;
 pub mod cost;
@@ -12,6 +13,7 @@ pub mod cpu;
 pub mod files;
 pub mod governor;
 pub mod ksm;
+pub mod ledger;
 pub mod pressure;
 pub mod psi;
 pub mod reading;

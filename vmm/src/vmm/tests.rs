@@ -80,7 +80,7 @@ fn vmm_on(code: &[u8], exit_on_power_off: bool, host: psi::Paths) -> Option<Test
         ..Options::default()
     };
     Some(Tested {
-        handle: start(options, events).unwrap(),
+        handle: start(options, None, events).unwrap(),
         events: listener,
         kernel: file(&elf(code)),
     })

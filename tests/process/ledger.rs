@@ -1,0 +1,291 @@
+//! VMs that share a ledger: who is admitted, what is given back when, and what the host's view
+//! shows.
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Barrier;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmm::overcommit::ledger::{Directory, Snapshot, overview};
+
+use super::before;
+use crate::support::ballast::{Ballast, Launch, binary};
+use crate::support::eventually;
+use crate::support::http::Client;
+
+pub(super) const MIB: u64 = 1 << 20;
+/// What a sleeper of 64 MiB has set aside: its RAM, and what its VMM is expected to need.
+pub(super) const SLEEPER: u64 = 64 * MIB + 9 * MIB + MIB / 4;
+
+/// A new ledger in which so many bytes can be guaranteed.
+pub(super) fn ledger(room: u64) -> TempDir {
+    let dir = tempfile::Builder::new()
+        .prefix("ballast-ledger-")
+        .tempdir_in("/tmp")
+        .expect("a folder");
+    leave(dir.path(), room);
+    dir
+}
+
+/// Sets the reserve so that there is just this much room for guarantees.
+pub(super) fn leave(dir: &Path, room: u64) {
+    let host = overview::read(dir).expect("the ledger").host;
+    let memory = host.cgroup_memory.unwrap_or(host.memory);
+    let limits = format!("reserve = {}\n", memory - room);
+    std::fs::write(dir.join("limits"), limits).expect("write the limits");
+}
+
+pub(super) fn launch(dir: &Path) -> Launch {
+    Launch::new().arg("--overcommit-ledger").arg(dir)
+}
+
+pub(super) fn snapshot(dir: &Path) -> Snapshot {
+    let directory = Directory::open(dir).expect("the ledger");
+    directory.snapshot().expect("the ledger's records")
+}
+
+/// Bytes that are set aside for all who live.
+fn guaranteed(dir: &Path) -> u64 {
+    let records = snapshot(dir).records;
+    records.iter().map(|(_, r)| r.reservation.fixed()).sum()
+}
+
+fn boot(client: &mut Client, config: &Value) -> u16 {
+    client.put_json("vm.create", config);
+    client.request("PUT", "vm.boot", None).status
+}
+
+#[test]
+fn a_vm_that_does_not_fit_is_refused_with_the_numbers_and_nothing_changes() {
+    let dir = ledger(SLEEPER + MIB);
+    let mut first = launch(dir.path()).start();
+    let mut second = launch(dir.path()).start();
+    let (mut a, mut b) = (first.api(), second.api());
+    b.put_json("vm.create", &second.sleeper());
+    assert_eq!(boot(&mut a, &first.sleeper()), 204);
+    assert_eq!(guaranteed(dir.path()), SLEEPER);
+
+    // Configured while there was room, and booted when there is none.
+    let before = before(&second, &mut b);
+    let answer = b.request("PUT", "vm.boot", None).expect(507);
+    for number in [64 * MIB, SLEEPER - 64 * MIB, SLEEPER] {
+        let number = number.to_string();
+        assert!(
+            answer.text().contains(&number),
+            "{number}: {}",
+            answer.text()
+        );
+    }
+    before.assert_unchanged(&mut second, &mut b, "a boot that is not admitted");
+    b.put("vm.delete");
+    let answer = b.try_put_json("vm.create", &second.sleeper()).expect(507);
+    assert!(answer.text().contains("guarantee"), "{}", answer.text());
+    b.request("GET", "vm.info", None).expect(404);
+
+    // A part of it is guaranteed: that fits, whatever is promised.
+    let mut config = second.sleeper();
+    config["overcommit"] = json!({"guaranteed_size": 16 * MIB});
+    b.try_put_json("vm.create", &config).expect(507);
+    leave(dir.path(), 2 * SLEEPER - 48 * MIB);
+    assert_eq!(boot(&mut b, &config), 204);
+    assert_eq!(guaranteed(dir.path()), 2 * SLEEPER - 48 * MIB);
+    first.assert_well();
+}
+
+#[test]
+fn what_was_set_aside_is_given_back_when_the_machine_goes_and_kept_while_it_boots_again() {
+    let dir = ledger(SLEEPER);
+    let mut ballast = launch(dir.path()).start();
+    let mut client = ballast.api();
+    assert_eq!(boot(&mut client, &ballast.sleeper()), 204);
+    assert_eq!(guaranteed(dir.path()), SLEEPER);
+    // The operator lets less be guaranteed from now on: what is there stays.
+    leave(dir.path(), 0);
+    client.put("vm.reboot");
+    client.put("vm.pause");
+    client.put("vm.resume");
+    assert_eq!(guaranteed(dir.path()), SLEEPER);
+    client.put("vm.shutdown");
+    assert_eq!(guaranteed(dir.path()), 0);
+    client.request("PUT", "vm.boot", None).expect(507);
+    leave(dir.path(), SLEEPER);
+    client.put("vm.boot");
+    assert_eq!(guaranteed(dir.path()), SLEEPER);
+    client.put("vm.delete");
+    assert_eq!(guaranteed(dir.path()), 0);
+
+    // A boot that fails for another reason gives back, too.
+    let mut config = ballast.sleeper();
+    let kernel = ballast.path("gone");
+    std::fs::copy(config["payload"]["kernel"].as_str().unwrap(), &kernel).unwrap();
+    config["payload"]["kernel"] = json!(kernel);
+    client.put_json("vm.create", &config);
+    std::fs::remove_file(&kernel).unwrap();
+    assert_ne!(client.request("PUT", "vm.boot", None).status, 204);
+    assert_eq!(guaranteed(dir.path()), 0);
+    ballast.assert_well();
+
+    ballast.signal(Signal::TERM);
+    ballast.wait_for_clean_end();
+    assert!(snapshot(dir.path()).records.is_empty());
+    assert_eq!(snapshot(dir.path()).stale.len(), 0);
+}
+
+#[test]
+fn of_several_that_boot_at_the_same_moment_just_as_many_are_admitted_as_fit() {
+    const VMS: usize = 5;
+    let dir = ledger(2 * SLEEPER + MIB);
+    let all: Vec<Ballast> = (0..VMS).map(|_| launch(dir.path()).start()).collect();
+    for ballast in &all {
+        ballast.api().put_json("vm.create", &ballast.sleeper());
+    }
+    for round in 0..10 {
+        let start = Barrier::new(VMS);
+        let statuses: Vec<u16> = std::thread::scope(|scope| {
+            let threads: Vec<_> = all
+                .iter()
+                .map(|ballast| {
+                    let start = &start;
+                    scope.spawn(move || {
+                        let mut client = ballast.api();
+                        start.wait();
+                        client.request("PUT", "vm.boot", None).status
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let admitted = statuses.iter().filter(|status| **status == 204).count();
+        let refused = statuses.iter().filter(|status| **status == 507).count();
+        assert_eq!(
+            (admitted, refused),
+            (2, VMS - 2),
+            "round {round}: {statuses:?}"
+        );
+        assert_eq!(guaranteed(dir.path()), 2 * SLEEPER);
+        for (ballast, status) in all.iter().zip(statuses) {
+            if status == 204 {
+                ballast.api().put("vm.shutdown");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_dead_make_room_at_once_and_their_records_are_removed() {
+    let dir = ledger(SLEEPER);
+    let first = launch(dir.path()).start();
+    assert_eq!(boot(&mut first.api(), &first.sleeper()), 204);
+    let second = launch(dir.path()).start();
+    let events = second.events();
+    let mut client = second.api();
+    client
+        .try_put_json("vm.create", &second.sleeper())
+        .expect(507);
+    let mark = events.mark();
+    drop(first.kill());
+    assert_eq!(snapshot(dir.path()).stale.len(), 1);
+    assert_eq!(boot(&mut client, &second.sleeper()), 204);
+    events.wait_after(mark, "overcommit-record-removed", |_| true);
+    let left = snapshot(dir.path());
+    assert_eq!((left.stale.len(), left.records.len()), (0, 1));
+    assert_eq!(left.records[0].1.pid, second.pid());
+}
+
+fn host_overcommit(arguments: &[&str]) -> Output {
+    let mut command = Command::new(binary());
+    command.args(["host", "overcommit"]).args(arguments);
+    command.output().expect("run ballast host")
+}
+
+#[test]
+fn the_host_command_shows_all_vms_and_changes_nothing() {
+    let dir = ledger(4 * SLEEPER);
+    let path = dir.path().to_str().unwrap();
+    let show = || -> Value {
+        let output = host_overcommit(&["--ledger", path, "--json"]);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let empty = show();
+    assert_eq!(empty["vms"], json!([]));
+    assert_eq!(empty["totals"]["promised"], 0);
+    assert_eq!(empty["totals"]["free_for_guarantees"], 4 * SLEEPER);
+
+    let running = launch(dir.path()).start();
+    let mut config = running.sleeper();
+    config["overcommit"] = json!({"guaranteed_size": 16 * MIB, "weight": 250});
+    config["balloon"] = json!({"size": 0});
+    config["platform"] = json!({"system_uuid": "00112233-4455-6677-8899-aabbccddeeff"});
+    assert_eq!(boot(&mut running.api(), &config), 204);
+    let idle = launch(dir.path()).start();
+    drop(launch(dir.path()).start().kill());
+    let mut files: Vec<_> = names(dir.path());
+    eventually("the record says that the VM runs", || {
+        let shown = show();
+        let vms = shown["vms"].as_array()?.clone();
+        let find = |ballast: &Ballast| vms.iter().find(|vm| vm["pid"] == ballast.pid()).cloned();
+        let vm = find(&running)?;
+        (vm["state"] == "Running").then_some(())?;
+        assert_eq!(vm["max"], 64 * MIB);
+        assert_eq!(vm["guaranteed"], 16 * MIB);
+        assert_eq!(vm["weight"], 250);
+        assert_eq!(vm["actual"], 64 * MIB);
+        assert_eq!(vm["balloon_target"], 0);
+        assert_eq!(vm["vm"], "00112233-4455-6677-8899-aabbccddeeff");
+        assert_eq!(vm["api_socket"], json!(running.socket()));
+        assert!(vm["age_ms"].is_u64() && vm["start_time"].as_u64()? > 0);
+        assert_eq!(find(&idle)?["max"], 0);
+        assert_eq!(vms.len(), 2);
+        assert_eq!(shown["totals"]["vms"], 1);
+        assert_eq!(shown["totals"]["promised"], SLEEPER);
+        assert_eq!(shown["totals"]["guaranteed"], SLEEPER - 48 * MIB);
+        assert_eq!(shown["stale_records"], 1);
+        assert!(shown["totals"]["overcommit_ratio"].as_f64()? > 0.0);
+        Some(())
+    });
+    let output = host_overcommit(&["--ledger", path]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.starts_with("    PID") || text.contains("PID"));
+    assert!(text.contains(&running.pid().to_string()), "{text}");
+    assert!(
+        text.contains("1 records of processes that have died"),
+        "{text}"
+    );
+    files.sort();
+    let mut now = names(dir.path());
+    now.sort();
+    assert_eq!(files, now);
+    // Numbers go on being told while the VM runs.
+    let age = |vms: &Value| {
+        vms["vms"][0]["written_at_ms"]
+            .as_u64()
+            .max(vms["vms"][1]["written_at_ms"].as_u64())
+    };
+    let before = age(&show());
+    eventually("the record is written again", || {
+        (age(&show()) > before).then_some(())
+    });
+}
+
+fn names(dir: &Path) -> Vec<std::ffi::OsString> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    entries.map(|entry| entry.unwrap().file_name()).collect()
+}
+
+#[test]
+fn the_host_command_works_without_any_ledger_and_refuses_one_that_is_not_there() {
+    let output = host_overcommit(&["--json"]);
+    assert!(output.status.success(), "{output:?}");
+    let shown: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(shown["host"]["memory"].as_u64().unwrap() > 0);
+    for bad in ["/tmp/there/is/none", "/etc/passwd"] {
+        let output = host_overcommit(&["--ledger", bad]);
+        assert!(!output.status.success());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(error.contains(bad) && error.lines().count() == 1, "{error}");
+        assert!(output.stdout.is_empty());
+    }
+}
