@@ -151,10 +151,6 @@ fn features_that_are_not_built_are_refused_by_name_and_never_ignored() {
         ),
         (
             "disks",
-            json!([{"path": "/dev/null", "image_type": "Qcow2", "num_queues": 2}]),
-        ),
-        (
-            "disks",
             json!([{"path": "/dev/null", "image_type": "Vhdx"}]),
         ),
     ] {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use super::super::super::ring::{self, Ring};
 use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
-use super::super::header::Header;
+use super::super::header::{Header, OFFSET_LIMIT};
 use super::super::map::Layout;
 use super::CACHE_BYTES;
 use super::engine::{Engine, Tables};
@@ -74,7 +74,7 @@ impl Writable {
             writing.refcount_table_offset,
             table_bytes as usize,
         )?);
-        let misplaced = |entry: &&u64| !layout.is_aligned(**entry);
+        let misplaced = |entry: &&u64| !layout.is_aligned(**entry) || **entry >= OFFSET_LIMIT;
         if let Some(entry) = refcounts.iter().find(misplaced) {
             return Err(refused(path, format!("a refcount block is at {entry:#x}")));
         }
@@ -264,7 +264,7 @@ fn find_end(
         }
     }
     let file_end = layer.file_bytes.div_ceil(1 << bits);
-    let limit = super::super::header::OFFSET_LIMIT >> bits;
+    let limit = OFFSET_LIMIT >> bits;
     let used = match used {
         Some(used) if used <= limit => used,
         _ => return Err(refused(path, "its refcounts say that nothing is in use")),
