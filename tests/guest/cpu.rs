@@ -104,7 +104,9 @@ fn a_vms_cgroup_is_parted_limited_changed_and_left_as_it_was() {
     let mut vcpus = names(&ballast, &group, "vcpus");
     vcpus.sort();
     assert_eq!(vcpus, ["vcpu0", "vcpu1", "vcpu2", "vcpu3"]);
-    assert_eq!(group.read("cgroup.threads").trim(), "", "all are parted");
+    // Workers of KVM's own, on older kernels, are none of ours to part.
+    let left: Vec<String> = names(&ballast, &group, ".");
+    assert!(left.is_empty(), "not parted: {left:?}");
     // A device that comes later is on the right side, too.
     let before = names(&ballast, &group, "io").len();
     let balloon = json!({"size": 0});
