@@ -112,12 +112,14 @@ const CASES: [Case; 10] = [
 ];
 
 fn main() {
-    let folder = std::env::args().skip(1).find(|a| !a.starts_with("--"));
-    let folder = PathBuf::from(folder.unwrap_or_else(|| ".".into()));
+    let mut arguments = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
+    let folder = PathBuf::from(arguments.next().unwrap_or_else(|| ".".into()));
+    // Part of the names of the cases to be measured.
+    let wanted = arguments.next().unwrap_or_default();
     let image = folder.join("bench.qcow2");
     println!("| 4 KiB unless said, O_DIRECT | ballast, 1/s | qemu-img bench, 1/s | ratio |");
     println!("|---|---|---|---|");
-    for case in &CASES {
+    for case in CASES.iter().filter(|case| case.name.contains(&wanted)) {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             make(&image, case.filled);
