@@ -134,6 +134,31 @@ fn what_was_set_aside_is_given_back_when_the_machine_goes_and_kept_while_it_boot
 }
 
 #[test]
+fn a_larger_guarantee_of_a_vm_that_runs_is_admitted_or_refused_and_a_smaller_one_makes_room() {
+    let small = SLEEPER - 48 * MIB;
+    let dir = ledger(small + 8 * MIB);
+    let mut ballast = launch(dir.path()).start();
+    let mut client = ballast.api();
+    let mut config = ballast.sleeper();
+    config["overcommit"] = json!({"guaranteed_size": 16 * MIB});
+    assert_eq!(boot(&mut client, &config), 204);
+    let before = before(&ballast, &mut client);
+    let set = "vm.set-overcommit";
+    let guarantee = |mib: u64| json!({"guaranteed_size": mib * MIB});
+    for mib in [25, 32, 64] {
+        client.try_put_json(set, &guarantee(mib)).expect(507);
+        before.assert_unchanged(&mut ballast, &mut client, "a guarantee that does not fit");
+        assert_eq!(guaranteed(dir.path()), small);
+    }
+    client.try_put_json(set, &guarantee(65)).expect(400);
+    assert_eq!(guaranteed(dir.path()), small);
+    client.put_json(set, &guarantee(24));
+    assert_eq!(guaranteed(dir.path()), small + 8 * MIB);
+    client.put_json(set, &guarantee(8));
+    assert_eq!(guaranteed(dir.path()), small - 8 * MIB);
+}
+
+#[test]
 fn of_several_that_boot_at_the_same_moment_just_as_many_are_admitted_as_fit() {
     const VMS: usize = 5;
     let dir = ledger(2 * SLEEPER + MIB);
