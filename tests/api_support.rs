@@ -100,6 +100,7 @@ impl FakeVmm {
                 answer!(reply, counters)
             }
             Command::AddDevice { device, reply } => answer!(reply, self.add(*device)),
+            Command::CreateDisk { reply, .. } => answer!(reply, Ok(())),
             Command::RemoveDevice { id, reply } => answer!(
                 reply,
                 check(Verb::RemoveDevice, state).and_then(|()| {

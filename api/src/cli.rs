@@ -10,6 +10,7 @@ use std::str::FromStr;
 use clap::{ArgAction, Parser, Subcommand};
 use devices::sandbox::SeccompMode;
 
+use crate::disk::arguments::DiskCommand;
 use crate::host::HostCommand;
 
 /// The Cloud Hypervisor version whose API and options these are. Clients compare it: libvirt wants
@@ -69,6 +70,9 @@ pub enum Tool {
     /// Look at the host
     #[command(subcommand)]
     Host(HostCommand),
+    /// Make, inspect, check, repair, convert and commit disk images that no VM uses
+    #[command(subcommand)]
+    Disk(DiskCommand),
 }
 
 /// Something named by its path or by a descriptor that the process inherited.
@@ -185,6 +189,18 @@ mod tests {
         assert!(parse("ballast --api-socket /s host overcommit").is_err());
         let vm = parse("ballast --api-socket /s --overcommit-ledger /l").unwrap();
         assert_eq!(vm.overcommit_ledger, Some("/l".into()));
+    }
+
+    #[test]
+    fn a_subcommand_stands_alone_and_is_not_needed() {
+        let disk = parse("ballast disk info -f qcow2 a.qcow2").unwrap();
+        assert!(matches!(disk.tool, Some(Tool::Disk(DiskCommand::Info(_)))));
+        assert!(parse("ballast --api-socket /s").unwrap().tool.is_none());
+        assert!(parse("ballast").unwrap().tool.is_none());
+        assert!(parse("ballast disk").is_err());
+        assert!(parse("ballast disk info a.qcow2").is_err(), "no format");
+        assert!(parse("ballast disk info -f vmdk a.qcow2").is_err());
+        assert!(parse("ballast --api-socket /s disk info -f raw a").is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 pub mod body;
 pub mod cli;
 pub mod compat;
+pub mod disk;
 pub mod error;
 pub mod event_monitor;
 pub mod host;

@@ -50,7 +50,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         vm::create, vm::info, vm::counters, vm::boot, vm::shutdown, vm::reboot, vm::pause,
         vm::resume, vm::power_button, vm::nmi, vm::delete,
         vm::resize, vm::set_overcommit,
-        devices::add_disk, devices::remove,
+        devices::add_disk, devices::create_disk, devices::remove,
         disks::resize, disks::resume, disks::info,
         balloons::add, balloons::resize, balloons::list, balloons::stats,
         observe::overcommit, observe::metrics,

@@ -32,7 +32,7 @@ use crate::event_monitor::EventMonitor;
 use crate::raw::BlockedSignals;
 use crate::server::{self, Limits};
 use crate::socket::{ApiSocket, SocketError};
-use crate::{body, log, routes, sandbox};
+use crate::{body, disk, log, routes, sandbox};
 
 /// How long the event monitor's reader may take for the last events.
 const GRACE: Duration = Duration::from_secs(1);
@@ -77,11 +77,12 @@ pub fn run(arguments: &Arguments, start: Instant) -> ExitCode {
         print!("{}", arguments.version_text());
         return ExitCode::SUCCESS;
     }
+    log::install_panic_hook();
     match &arguments.tool {
         Some(Tool::Host(command)) => return command.run(),
+        Some(Tool::Disk(command)) => return disk::run(command),
         None => {}
     }
-    log::install_panic_hook();
     match Prepared::new(arguments, start).and_then(Prepared::serve) {
         Ok(code) => code,
         Err(error) => {

@@ -14,6 +14,7 @@ mod bad_files;
 mod bad_limits;
 mod bad_requests;
 mod cpu;
+mod create_disk;
 mod full_disk;
 mod hostile_clients;
 mod ledger;

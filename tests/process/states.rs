@@ -21,7 +21,7 @@ use State::{Created, None, Paused, Running};
 const STATES: [State; 4] = [None, Created, Running, Paused];
 
 /// Status of each request by state: no VM, Created, Running, Paused.
-const TABLE: [(&str, &str, [u16; 4]); 24] = [
+const TABLE: [(&str, &str, [u16; 4]); 25] = [
     ("GET", "vmm.ping", [200, 200, 200, 200]),
     ("GET", "vm.info", [404, 200, 200, 200]),
     ("GET", "openapi.json", [200, 200, 200, 200]),
@@ -35,6 +35,7 @@ const TABLE: [(&str, &str, [u16; 4]); 24] = [
     ("PUT", "vm.nmi", [404, 409, 204, 409]),
     ("GET", "vm.counters", [404, 409, 200, 200]),
     ("PUT", "vm.add-disk", [404, 200, 200, 200]),
+    ("PUT", "vm.create-disk", [204, 400, 400, 400]),
     ("PUT", "vm.remove-device", [404, 204, 204, 204]),
     ("GET", "vm.disk-info?id=there", [404, 409, 200, 200]),
     ("PUT", "vm.resize-disk", [404, 409, 204, 204]),
@@ -71,6 +72,11 @@ fn send(ballast: &Ballast, client: &mut Client, method: &str, path: &str) -> Res
     let body = match path {
         "vm.create" => Some(ballast.sleeper()),
         "vm.add-disk" => Some(json!({"path": ballast.path("new")})),
+        // Made where there is no VM, and there from then on.
+        "vm.create-disk" => {
+            let path = ballast.path("made.qcow2");
+            Some(json!({"path": path, "image_type": "Qcow2", "size": 1 << 30}))
+        }
         "vm.add-balloon" => Some(json!({"size": 4096})),
         "vm.resize" => Some(json!({"desired_balloon": 4096})),
         "vm.resize-balloon" => Some(json!({"id": "__balloon", "desired_size": 8192})),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 
 use devices::balloon::BalloonInfo;
-use devices::block::DiskInfo;
+use devices::block::{DiskInfo, NewDiskConfig};
 use devices::config::DeviceConfig;
 use tokio::sync::{broadcast, oneshot, watch};
 
@@ -53,6 +53,11 @@ pub enum Command {
     AddDevice {
         device: Box<DeviceConfig>,
         reply: Reply<PciDeviceInfo>,
+    },
+    /// `vm.create-disk`: make an image; whether there is a VM does not matter.
+    CreateDisk {
+        disk: Box<NewDiskConfig>,
+        reply: Reply<()>,
     },
     /// `vm.remove-device`: ask the guest to let go of a device.
     RemoveDevice { id: String, reply: Reply<()> },

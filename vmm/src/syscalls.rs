@@ -5,6 +5,7 @@
 //! and those of every thread it spawns.
 
 use devices::allow;
+use devices::block;
 use devices::config;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
@@ -41,6 +42,7 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
     ];
     lists.extend(boot::SYSCALLS);
     lists.push(config::BUILD);
+    lists.push(block::CREATE_SYSCALLS);
     lists.extend(config::thread_kinds().into_iter().flat_map(|kind| kind.1));
     lists
 }

@@ -215,6 +215,10 @@ impl Vmm {
                 let result = self.add_device(*device);
                 self.answer(reply, result);
             }
+            Command::CreateDisk { disk, reply } => {
+                let result = disk.create().map_err(Error::from);
+                self.answer(reply, result);
+            }
             Command::RemoveDevice { id, reply } => {
                 let result = self.remove_device(&id);
                 self.answer(reply, result);

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use ::devices::balloon::BalloonConfig;
-use ::devices::block::DiskConfig;
+use ::devices::block::{DiskConfig, NewDiskConfig};
 use ::vmm::config::{OvercommitConfig, VmConfig, VmResize};
 
 use super::*;
@@ -55,7 +55,7 @@ fn the_committed_documents_are_what_the_code_says() {
 fn every_operation_has_an_id_a_tag_a_description_and_one_success() {
     let document = document();
     let operations = operations(&document);
-    assert_eq!(operations.len(), 28);
+    assert_eq!(operations.len(), 29);
     let mut ids = std::collections::BTreeSet::new();
     for (path, _, operation) in operations {
         let id = operation["operationId"].as_str().expect(path);
@@ -173,6 +173,9 @@ fn every_example_of_a_request_passes_the_real_parser() {
                 "/vm.add-disk" => {
                     let config: DiskConfig = body::parse(&bytes).unwrap();
                     config.validate().unwrap();
+                }
+                "/vm.create-disk" => {
+                    body::parse::<NewDiskConfig>(&bytes).unwrap();
                 }
                 "/vm.remove-device" => {
                     body::parse::<RemoveDevice>(&bytes).unwrap();

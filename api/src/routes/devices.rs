@@ -3,7 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use devices::block::DiskConfig;
+use devices::block::{DiskConfig, NewDiskConfig};
 use devices::config::DeviceConfig;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -55,6 +55,41 @@ pub async fn add_disk(
         .request(|reply| Command::AddDevice { device, reply })
         .await?;
     answer(&info)
+}
+
+/// Make a disk image
+///
+/// An empty one, to be added as a disk; it takes no space for data. Whether there is a VM does not
+/// matter. What exists is never replaced, and on an error nothing is left behind.
+#[utoipa::path(
+    put, path = "/vm.create-disk", operation_id = "createDisk", tag = "devices",
+    request_body(
+        content = NewDiskConfig, description = "The image.",
+        examples(
+            ("thin" = (
+                summary = "A thin disk",
+                value = json!({
+                    "path": "/var/lib/images/data.qcow2", "image_type": "Qcow2",
+                    "size": 107374182400u64
+                })
+            )),
+            ("overlay" = (
+                summary = "An overlay, as large as what is below it",
+                value = json!({
+                    "path": "/var/lib/images/clone.qcow2", "image_type": "Qcow2",
+                    "backing_path": "base.raw", "backing_type": "Raw"
+                })
+            )),
+        ),
+    ),
+    responses((status = 204, description = "The image is there.")),
+)]
+pub async fn create_disk(
+    State(handle): State<Handle>,
+    Body(disk): Body<NewDiskConfig>,
+) -> Result<StatusCode, ApiError> {
+    let disk = Box::new(disk);
+    order(&handle, |reply| Command::CreateDisk { disk, reply }).await
 }
 
 /// Remove a device

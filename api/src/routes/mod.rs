@@ -47,6 +47,7 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.nmi", put(vm::nmi))
         .route("/vm.delete", put(vm::delete))
         .route("/vm.add-disk", put(devices::add_disk))
+        .route("/vm.create-disk", put(devices::create_disk))
         .route("/vm.remove-device", put(devices::remove))
         .route("/vm.resize-disk", put(disks::resize))
         .route("/vm.resume-disk", put(disks::resume))

@@ -8,6 +8,7 @@ mod config;
 mod counters;
 mod hold;
 mod info;
+mod new_disk;
 pub mod request;
 mod shared;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use config::{DetectZeroes, DiskConfig, ImageType, LockGranularity, OnEnospc};
 pub use info::{Backing, DiskInfo};
+pub use new_disk::{NewDiskConfig, SYSCALLS as CREATE_SYSCALLS};
 
 use self::counters::QueueCounters;
 use self::hold::Hold;

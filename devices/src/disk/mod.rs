@@ -25,8 +25,12 @@ use std::sync::Arc;
 use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
 
+pub mod blocking;
 pub mod buffers;
+pub mod commit;
+pub mod copy;
 pub mod lock;
+mod new_file;
 mod open;
 pub mod qcow2;
 pub mod raw;
@@ -235,6 +239,16 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+}
+
+impl Format {
+    /// Its name, as QEMU has it and as headers record it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// The kinds of queue there are, and what each calls.

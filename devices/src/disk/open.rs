@@ -55,6 +55,15 @@ pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
 
 /// Opens and locks a file of any size.
 pub fn open_file(options: &OpenOptions) -> Result<HostFile, BuildError> {
+    open_any(options, true)
+}
+
+/// Opens a file that this process has locked already, to look at it.
+pub fn open_unlocked(options: &OpenOptions) -> Result<HostFile, BuildError> {
+    open_any(options, false)
+}
+
+fn open_any(options: &OpenOptions, locked: bool) -> Result<HostFile, BuildError> {
     let path = options.path.as_path();
     let before = rustix::fs::stat(path).map_err(|e| refused(path, e))?;
     check_kind(&before)?;
@@ -67,8 +76,11 @@ pub fn open_file(options: &OpenOptions) -> Result<HostFile, BuildError> {
     rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| refused(path, e))?;
 
     let file = Arc::new(File::from(fd));
-    let lock = ImageLock::take(file.clone(), !options.readonly, options.lock)
-        .map_err(|e| lock_failed(path, e))?;
+    let lock = match locked {
+        true => ImageLock::take(file.clone(), !options.readonly, options.lock)
+            .map_err(|e| lock_failed(path, e))?,
+        false => ImageLock::nothing(file.clone()),
+    };
     let size_bytes = size(&file, &stat, block_device).map_err(|e| refused(path, e))?;
     let (geometry, direct_memory_align) = alignment(&file, &stat, block_device, options.direct)
         .map_err(|e| {

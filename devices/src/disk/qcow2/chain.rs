@@ -345,7 +345,7 @@ pub fn enclosing(direct: Option<Alignment>, offset: u64, len: usize) -> (u64, us
 }
 
 /// Path and format of the backing file that the header of `overlay` names.
-fn backing_file(
+pub fn backing_file(
     backing: &Backing,
     overlay: &Path,
     options: &OpenOptions,

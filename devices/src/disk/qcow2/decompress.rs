@@ -109,6 +109,13 @@ impl Inflated {
         Ok(())
     }
 
+    /// The same, into memory that is nobody else's.
+    pub fn copy_to(&self, within: usize, target: &mut [u8]) {
+        let bytes = self.bytes.get(within..).unwrap_or(&[]);
+        let len = bytes.len().min(target.len());
+        target[..len].copy_from_slice(&bytes[..len]);
+    }
+
     /// Copies what is from byte `within` of it on.
     pub fn copy(&self, within: usize, buffers: &Buffers) {
         buffers.copy_from(self.bytes.get(within..).unwrap_or(&[]));

@@ -90,6 +90,22 @@ impl Layout {
         }
     }
 
+    /// One of an image that there is not.
+    #[cfg(test)]
+    pub fn for_test(
+        cluster_bits: u32,
+        extended: bool,
+        version: u32,
+        compression: Compression,
+    ) -> Self {
+        Self {
+            cluster_bits,
+            entry_bits: if extended { 4 } else { 3 },
+            version,
+            compression,
+        }
+    }
+
     /// Bytes in a cluster.
     pub fn cluster_bytes(&self) -> usize {
         1 << self.cluster_bits

@@ -14,11 +14,20 @@
 //! An image that is only read is served by any number of queues, which share the chain and its
 //! cache, whose lock is held for a lookup and never over I/O. One that is written to has one queue
 //! (`write`), whose thread owns the metadata.
+//!
+//! Images that nobody uses are made (`create`), looked at (`info`, `extents`) and checked and mended
+//! (`check`) by plain reads and writes, with no queue.
 
 mod cache;
 mod chain;
+pub mod check;
+pub mod create;
 mod decompress;
+mod details;
+mod entry;
+pub mod extents;
 mod header;
+pub mod info;
 mod map;
 mod op;
 mod queue;
@@ -26,6 +35,7 @@ mod task;
 #[cfg(test)]
 pub(crate) mod tests;
 mod write;
+pub(super) mod writer;
 
 pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 

@@ -1,0 +1,276 @@
+//! An image that is read and written one request at a time, by whoever can wait.
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::buffers::{AlignedBuffer, Buffers};
+use super::{Completion, Format, Image, OpenOptions, Operation, Queue, Request, SECTOR, open};
+use crate::config::BuildError;
+
+/// So many requests at a time.
+const DEPTH: u16 = 64;
+/// Tag of the request that is waited for; those of others have smaller ones.
+const WAITED: u16 = u16::MAX;
+
+/// See the module. Ranges need not be aligned to anything: what lies around them in their sectors
+/// is read and written back. Whoever has requests of their own under way (see [`Blocking::push`])
+/// sees to it that these do not touch the same sectors.
+pub struct Blocking {
+    queue: Box<dyn Queue>,
+    image: Box<dyn Image>,
+    size_bytes: u64,
+    /// What others' requests came to.
+    completed: Vec<Completion>,
+    scratch: Vec<Completion>,
+}
+
+impl Blocking {
+    /// Opens an image.
+    pub fn open(format: Format, options: &OpenOptions) -> Result<Self, BuildError> {
+        let image = open(format, options)?;
+        let queue = image.open_queue(DEPTH).map_err(|error| {
+            BuildError::host(format!("opening {}", options.path.display()), error)
+        })?;
+        Ok(Self {
+            size_bytes: image.size_bytes(),
+            queue,
+            image,
+            completed: Vec::new(),
+            scratch: Vec::new(),
+        })
+    }
+
+    /// Size of the disk.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Begins a request whose range is whole sectors; its completion is among those that
+    /// [`Blocking::completed`] gives. Fails with EBUSY when there are too many.
+    pub fn push(&mut self, request: Request) -> io::Result<()> {
+        if self.queue.held() + 1 >= usize::from(DEPTH) {
+            return Err(Errno::BUSY.into());
+        }
+        self.queue.push(request);
+        self.queue.start()
+    }
+
+    /// What has been completed; with `wait`, after at least one if there is any under way.
+    pub fn completed(&mut self, wait: bool) -> io::Result<Vec<Completion>> {
+        if wait && self.completed.is_empty() && self.queue.held() > 0 {
+            self.queue.wait(&mut self.completed)?;
+        } else {
+            self.queue.acknowledge();
+            self.queue.poll(&mut self.completed)?;
+        }
+        Ok(std::mem::take(&mut self.completed))
+    }
+
+    fn run(
+        &mut self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+        buffers: Buffers,
+    ) -> io::Result<()> {
+        self.queue.push(Request {
+            tag: WAITED,
+            operation,
+            offset,
+            length,
+            buffers,
+        });
+        self.queue.start()?;
+        loop {
+            self.queue.wait(&mut self.scratch)?;
+            let mut result = None;
+            for completion in self.scratch.drain(..) {
+                match completion.tag {
+                    WAITED => result = Some(completion.result),
+                    _ => self.completed.push(completion),
+                }
+            }
+            if let Some(result) = result {
+                return result;
+            }
+            if self.queue.held() == 0 {
+                return Err(Errno::IO.into());
+            }
+        }
+    }
+
+    fn check(&self, offset: u64, length: u64) -> io::Result<()> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size_bytes => Ok(()),
+            _ => Err(Errno::IO.into()),
+        }
+    }
+
+    /// The unit in which requests must be.
+    fn unit(&self) -> u64 {
+        u64::from(self.image.geometry().logical_block).max(SECTOR)
+    }
+
+    /// Reads `length` bytes.
+    pub fn read(&mut self, offset: u64, length: usize) -> io::Result<Bytes> {
+        self.check(offset, length as u64)?;
+        let unit = self.unit();
+        let skip = (offset % unit) as usize;
+        let total = (skip + length).next_multiple_of(unit as usize);
+        let memory = Arc::new(AlignedBuffer::zeroed(total, 4096)?);
+        if length > 0 {
+            let mut buffers = Buffers::default();
+            buffers
+                .push_own(&memory, 0, total)
+                .map_err(io::Error::other)?;
+            self.run(Operation::Read, offset - skip as u64, total as u64, buffers)?;
+        }
+        Ok(Bytes {
+            memory,
+            skip,
+            length,
+        })
+    }
+
+    /// Writes bytes; `durable` as in [`Operation::Write`].
+    pub fn write(&mut self, offset: u64, bytes: &[u8], durable: bool) -> io::Result<()> {
+        self.check(offset, bytes.len() as u64)?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let unit = self.unit();
+        let skip = (offset % unit) as usize;
+        let total = (skip + bytes.len()).next_multiple_of(unit as usize);
+        let start = offset - skip as u64;
+        let mut memory = AlignedBuffer::zeroed(total, 4096)?;
+        let unit = unit as usize;
+        if skip > 0 {
+            let around = self.read(start, unit)?;
+            memory.bytes_mut()[..unit].copy_from_slice(around.get());
+        }
+        if skip + bytes.len() < total {
+            let around = self.read(start + (total - unit) as u64, unit)?;
+            memory.bytes_mut()[total - unit..].copy_from_slice(around.get());
+        }
+        memory.bytes_mut()[skip..skip + bytes.len()].copy_from_slice(bytes);
+        let mut buffers = Buffers::default();
+        buffers
+            .push_own(&Arc::new(memory), 0, total)
+            .map_err(io::Error::other)?;
+        self.run(Operation::Write { durable }, start, total as u64, buffers)
+    }
+
+    /// Makes a range read as zeroes.
+    pub fn write_zeroes(
+        &mut self,
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        durable: bool,
+    ) -> io::Result<()> {
+        self.check(offset, length)?;
+        let unit = self.unit();
+        let (end, inner) = (offset + length, offset.next_multiple_of(unit));
+        let inner_end = end - end % unit;
+        if inner >= inner_end {
+            return self.write(offset, &vec![0; length as usize], durable);
+        }
+        self.write(offset, &vec![0; (inner - offset) as usize], durable)?;
+        self.write(inner_end, &vec![0; (end - inner_end) as usize], durable)?;
+        let operation = Operation::WriteZeroes { unmap, durable };
+        self.run(operation, inner, inner_end - inner, Buffers::default())
+    }
+
+    /// Gives space back to the host: that of whole units within the range.
+    pub fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        self.check(offset, length)?;
+        let unit = self.unit();
+        let start = offset.next_multiple_of(unit);
+        let end = offset + length;
+        let end = end - end % unit;
+        match start < end {
+            true => self.run(Operation::Discard, start, end - start, Buffers::default()),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes all that was written survive a power cut.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.run(Operation::Flush, 0, 0, Buffers::default())
+    }
+}
+
+/// What was read.
+pub struct Bytes {
+    memory: Arc<AlignedBuffer>,
+    skip: usize,
+    length: usize,
+}
+
+impl Bytes {
+    /// It.
+    pub fn get(&self) -> &[u8] {
+        self.memory
+            .bytes()
+            .get(self.skip..self.skip + self.length)
+            .unwrap_or(&[])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::LockGranularity;
+
+    #[test]
+    fn ranges_that_are_aligned_to_nothing_are_read_and_written() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 10).unwrap();
+        let options = OpenOptions {
+            path: file.path().into(),
+            readonly: false,
+            direct: false,
+            disable_io_uring: false,
+            lock: LockGranularity::ByteRange,
+            backing_files: false,
+        };
+        let mut disk = Blocking::open(Format::Raw, &options).unwrap();
+        let mut model = vec![0; 64 << 10];
+        for step in 0..300_usize {
+            let offset = step * 7919 % 60_000;
+            let length = step * 31 % 3000;
+            let range = offset..offset + length;
+            match step % 5 {
+                0 => {
+                    disk.write_zeroes(offset as u64, length as u64, step % 2 == 0, false)
+                        .unwrap();
+                    model[range].fill(0);
+                }
+                _ => {
+                    model[range.clone()].fill(step as u8);
+                    disk.write(offset as u64, &model[range], false).unwrap();
+                }
+            }
+            let (from, length) = (step * 131 % 50_000, step * 17 % 5000);
+            let read = disk.read(from as u64, length).unwrap();
+            assert!(read.get() == &model[from..from + length], "step {step}");
+        }
+        disk.flush().unwrap();
+        assert!(std::fs::read(file.path()).unwrap() == model);
+        disk.discard(1000, 20_000).unwrap();
+        let kept = disk.read(0, 1000).unwrap();
+        assert!(kept.get() == &model[..1000]);
+        let kept = disk.read(21_000, 1000).unwrap();
+        assert!(kept.get() == &model[21_000..22_000]);
+        for (offset, length) in [(65_536, 1), (65_535, 2), (u64::MAX, 1)] {
+            assert!(disk.read(offset, length).is_err());
+            assert!(
+                disk.write_zeroes(offset, length as u64, false, false)
+                    .is_err()
+            );
+        }
+        assert!(disk.read(65_536, 0).unwrap().get().is_empty());
+    }
+}

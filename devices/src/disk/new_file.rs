@@ -1,0 +1,178 @@
+//! A file that is there when it is whole, and not before.
+//!
+//! It has no name while it is written, so that nothing is left behind whatever happens, SIGKILL
+//! included; where the file system has no nameless files it has another name meanwhile, which goes
+//! with [`NewFile`]. In either case a file that exists by then is never replaced.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use crate::config::{BuildError, Invalid};
+
+/// See the module.
+pub struct NewFile {
+    file: File,
+    path: PathBuf,
+    /// Its name until then, where it needs one.
+    temporary: Option<PathBuf>,
+}
+
+impl NewFile {
+    /// Begins a file that is to be at `path`.
+    pub fn begin(path: &Path) -> Result<Self, BuildError> {
+        Self::begin_as(path, true)
+    }
+
+    /// The same for a thread that may not make files with names.
+    pub fn begin_nameless(path: &Path) -> Result<Self, BuildError> {
+        Self::begin_as(path, false)
+    }
+
+    fn begin_as(path: &Path, may_have_name: bool) -> Result<Self, BuildError> {
+        if path.file_name().is_none() {
+            return Err(invalid(format!(
+                "{} is not the name of a file",
+                path.display()
+            )));
+        }
+        if rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            return Err(exists(path));
+        }
+        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let nameless = rustix::fs::openat(CWD, folder(path), flags | OFlags::TMPFILE, mode);
+        let (fd, temporary) = match nameless {
+            Ok(fd) => (fd, None),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) if may_have_name => {
+                let mut name = path.as_os_str().to_owned();
+                name.push(format!(".{}.part", std::process::id()));
+                let temporary = PathBuf::from(name);
+                let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+                let fd = rustix::fs::openat(CWD, &temporary, flags, mode);
+                (fd.map_err(|e| cannot(path, e))?, Some(temporary))
+            }
+            Err(error) => return Err(cannot(path, error)),
+        };
+        Ok(Self {
+            file: fd.into(),
+            path: path.into(),
+            temporary,
+        })
+    }
+
+    /// To write to.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Makes it durable and gives it its name.
+    pub fn finish(mut self) -> Result<(), BuildError> {
+        let failed =
+            |error: Errno| BuildError::host(format!("finishing {}", self.path.display()), error);
+        rustix::fs::fsync(&self.file).map_err(failed)?;
+        let named = match &self.temporary {
+            None => {
+                let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                rustix::fs::linkat(CWD, own, CWD, &self.path, AtFlags::SYMLINK_FOLLOW)
+            }
+            Some(name) => {
+                rustix::fs::renameat_with(CWD, name, CWD, &self.path, RenameFlags::NOREPLACE)
+            }
+        };
+        match named {
+            Ok(()) => {}
+            Err(Errno::EXIST) => return Err(exists(&self.path)),
+            Err(error) => return Err(failed(error)),
+        }
+        self.temporary = None;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::openat(CWD, folder(&self.path), flags, Mode::empty());
+        // A file system that can't sync a folder has kept the name already.
+        match folder.and_then(rustix::fs::fsync) {
+            Ok(()) | Err(Errno::INVAL | Errno::ACCESS) => Ok(()),
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(name) = &self.temporary {
+            // Best effort: there is nobody to tell.
+            let _ = rustix::fs::unlink(name);
+        }
+    }
+}
+
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn exists(path: &Path) -> BuildError {
+    invalid(format!("{} exists already", path.display()))
+}
+
+fn cannot(path: &Path, error: Errno) -> BuildError {
+    invalid(format!(
+        "{} can't be made: {}",
+        path.display(),
+        std::io::Error::from(error)
+    ))
+}
+
+fn invalid(reason: String) -> BuildError {
+    Invalid::new("path", reason).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_there_when_it_is_finished_and_never_replaces_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new");
+        let names = || std::fs::read_dir(folder.path()).unwrap().count();
+        drop(NewFile::begin(&path).unwrap());
+        assert_eq!(names(), 0);
+        let new = NewFile::begin(&path).unwrap();
+        let late = NewFile::begin(&path).unwrap();
+        new.file().write_all(b"whole").unwrap();
+        assert!(!path.exists());
+        new.finish().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        assert!(late.finish().unwrap_err().to_string().contains("exists"));
+        assert!(NewFile::begin(&path).is_err());
+        assert!(NewFile::begin(&folder.path().join("..")).is_err());
+        assert!(NewFile::begin(&folder.path().join("no/such")).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        assert_eq!(names(), 1);
+    }
+
+    #[test]
+    fn a_name_that_is_needed_meanwhile_goes_when_it_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new");
+        let temporary = folder.path().join("new.part");
+        let new = |temporary: &PathBuf| NewFile {
+            file: File::create(temporary).unwrap(),
+            path: path.clone(),
+            temporary: Some(temporary.clone()),
+        };
+        drop(new(&temporary));
+        assert!(!temporary.exists());
+        new(&temporary).finish().unwrap();
+        assert!(path.exists() && !temporary.exists());
+        assert!(new(&temporary).finish().is_err());
+        assert!(!temporary.exists());
+    }
+}

@@ -1,0 +1,82 @@
+//! The COPIED bits of the active tables: set where the refcount is exactly one, and nowhere else.
+
+use std::os::unix::fs::FileExt;
+
+use super::super::details::ReadError;
+use super::super::entry::{COMPRESSED, COPIED, L1_RESERVED, OFFSET};
+use super::{Checker, Repair, words};
+
+impl Checker<'_, '_> {
+    /// Looks at all of them; with [`Repair::All`] mends them.
+    pub fn copied(&mut self) -> Result<(), ReadError> {
+        if self.table.is_empty() {
+            self.read_refcount_table()?;
+        }
+        let start = self.details.header.l1_offset;
+        let mut kept = None;
+        words(self.file, start, self.details.l1_entries, |index, entry| {
+            let table = entry & OFFSET;
+            let unusable = entry & L1_RESERVED != 0 || table.trailing_zeros() < self.bits();
+            if table == 0 || unusable || table >> self.bits() >= self.clusters {
+                return Ok(());
+            }
+            let refcount = self.refcount(table, &mut kept)?;
+            if (entry & COPIED != 0) != (refcount == 1) {
+                self.corruption(&format!(
+                    "OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} \
+                     refcount={refcount}"
+                ));
+                if self.repair == Repair::All {
+                    self.before_change()?;
+                    let mended = (entry ^ COPIED).to_be_bytes();
+                    self.file.write_all_at(&mended, start + index * 8)?;
+                }
+            }
+            self.copied_l2(table, &mut kept)
+        })
+    }
+
+    fn copied_l2(
+        &mut self,
+        table: u64,
+        kept: &mut Option<(u64, Vec<u8>)>,
+    ) -> Result<(), ReadError> {
+        let entries = self.details.entries();
+        let Ok(mut bytes) = self.read_cluster(table, "L2 table") else {
+            return Ok(());
+        };
+        let mut dirty = false;
+        for index in 0..bytes.len() / entries.bytes() {
+            let Some((entry, _)) = entries.words(&bytes, index) else {
+                break;
+            };
+            let offset = entry & OFFSET;
+            let refcount = match entry & COMPRESSED != 0 {
+                // Never "copied"; that it is was told when references were counted.
+                true if entry & COPIED == 0 => continue,
+                true => 0,
+                false if offset == 0 || offset >> self.bits() >= self.clusters => continue,
+                false => self.refcount(offset, kept)?,
+            };
+            if (entry & COPIED != 0) == (refcount == 1) {
+                continue;
+            }
+            if entry & COMPRESSED == 0 {
+                self.corruption(&format!(
+                    "OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"
+                ));
+            }
+            let at = index * entries.bytes();
+            if let Some(place) = bytes.get_mut(at..at + 8) {
+                place.copy_from_slice(&(entry ^ COPIED).to_be_bytes());
+                dirty = true;
+            }
+        }
+        // A table that has another owner too is not the place to write to.
+        if dirty && self.repair == Repair::All && self.refcount(table, kept)? == 1 {
+            self.before_change()?;
+            self.file.write_all_at(&bytes, table)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,284 @@
+//! Checking an image that nobody uses: does every cluster have the refcount that the tables give
+//! it, and does every entry make sense; and mending what can be mended without guessing.
+//!
+//! ```text
+//!   L1 tables (active, of snapshots) ─► list of L2 tables ─► references to clusters ─┐ compared,
+//!   header, tables, snapshots, bitmaps, refcount structures ─► references ───────────┤ a window
+//!   refcount blocks ─► refcounts ────────────────────────────────────────────────────┘ at a time
+//! ```
+//!
+//! Memory is bounded whatever the image: references are counted for a *window* of clusters (256
+//! GiB of an image with clusters of 64 KiB), and where there are more of them the tables are walked
+//! again for each that holds anything.
+//!
+//! Repairs keep the image usable at every step: lowering the refcount of what nobody refers to,
+//! raising one that is too low, setting the COPIED bits right, or writing new refcounts beside the
+//! old ones and switching over with one write to the header. An entry that makes no sense is never
+//! mended, since any choice might be the wrong one; while there are such, leaks are left too, for
+//! they may be what the entry meant.
+
+mod copied;
+mod refcounts;
+mod repair;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+
+use super::super::OpenOptions;
+use super::super::open::open_file;
+use super::details::{Details, ReadError};
+use crate::config::{BuildError, Invalid};
+
+pub use repair::empty;
+
+/// Clusters whose references are counted at a time; 4 bytes each. Tests have few, so that small
+/// images have several windows.
+const WINDOW: u64 = if cfg!(test) { 1 << 10 } else { 4 << 20 };
+
+/// What is to be mended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing: the image is only read.
+    #[default]
+    Nothing,
+    /// Clusters that nobody refers to, and whose space is lost.
+    Leaks,
+    /// Whatever can be mended without guessing.
+    All,
+}
+
+/// What a check found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What contradicts the format and is still there.
+    pub corruptions: u64,
+    /// Clusters whose space is lost.
+    pub leaks: u64,
+    /// Of these, how many are mended.
+    pub corruptions_fixed: u64,
+    /// As well.
+    pub leaks_fixed: u64,
+    /// Where the last cluster that is used ends.
+    pub image_end_offset: u64,
+    /// Clusters of the disk.
+    pub total_clusters: u64,
+    /// Those that have one in the file.
+    pub allocated_clusters: u64,
+    /// Those that do not follow the one before in the file.
+    pub fragmented_clusters: u64,
+    /// Those that are compressed.
+    pub compressed_clusters: u64,
+}
+
+/// Who is told what is found, and how far it is.
+pub struct Listener<'a> {
+    /// One line for each finding.
+    pub finding: &'a mut dyn FnMut(&str),
+    /// So much of so much.
+    pub progress: &'a mut dyn FnMut(u64, u64),
+}
+
+/// Checks a qcow2 image, and repairs it if asked to. What lies below it is not looked at.
+///
+/// With repairs the report tells what a second look found, beside what was fixed.
+pub fn check(
+    options: &OpenOptions,
+    repair: Repair,
+    listener: &mut Listener<'_>,
+) -> Result<Report, BuildError> {
+    let path = options.path.display();
+    let host = open_file(&OpenOptions {
+        readonly: repair == Repair::Nothing,
+        direct: false,
+        ..options.clone()
+    })?;
+    let fail = |error| match error {
+        ReadError::Io(error) => BuildError::host(format!("checking {path}"), error),
+        ReadError::Unusable(why) => Invalid::new("path", format!("{path}: {why}")).into(),
+    };
+    let details = Details::read(&host.file, host.size_bytes).map_err(fail)?;
+    let mut first = Checker::new(&host.file, &details, repair, listener);
+    first.run().map_err(fail)?;
+    let rebuild = first.wants_rebuild && repair == Repair::All && first.senseless == 0;
+    let (before, mut changed) = (first.report, first.changed);
+    if rebuild {
+        first.rebuild().map_err(fail)?;
+        changed = true;
+    }
+    if repair == Repair::Nothing {
+        return Ok(before);
+    }
+    let mut after = before;
+    if changed {
+        host.file.sync_data().map_err(|e| fail(e.into()))?;
+        let size = host.file.metadata().map_err(|e| fail(e.into()))?.len();
+        let details = Details::read(&host.file, size).map_err(fail)?;
+        // COPIED bits follow the refcounts, which are right only now.
+        let mut second = Checker::new(&host.file, &details, repair, listener);
+        second.copied().map_err(fail)?;
+        let mut quiet = |_: &str| {};
+        let mut listener = Listener {
+            finding: &mut quiet,
+            progress: listener.progress,
+        };
+        let mut last = Checker::new(&host.file, &details, Repair::Nothing, &mut listener);
+        last.run().map_err(fail)?;
+        after = last.report;
+        after.corruptions_fixed = before.corruptions.saturating_sub(after.corruptions);
+        after.leaks_fixed = before.leaks.saturating_sub(after.leaks);
+    }
+    if after.corruptions == 0 {
+        repair::mark_sound(&host.file, &details).map_err(|e| fail(e.into()))?;
+    }
+    host.file.sync_data().map_err(|e| fail(e.into()))?;
+    Ok(after)
+}
+
+/// One look at an image.
+struct Checker<'a, 'l> {
+    file: &'a File,
+    details: &'a Details,
+    repair: Repair,
+    listener: &'a mut Listener<'l>,
+    report: Report,
+    /// Findings that can't be mended, since nobody knows what was meant.
+    senseless: u64,
+    /// Refcounts are missing, or lie where other things are.
+    wants_rebuild: bool,
+    changed: bool,
+    /// Clusters in the file; the last may be cut short.
+    clusters: u64,
+    /// The refcount table.
+    table: Vec<u64>,
+    /// Offset, how often it is referred to, whether the active L1 table does.
+    l2_tables: Vec<(u64, u32, bool)>,
+    window_start: u64,
+    window: Vec<u32>,
+    /// Windows in which there is something.
+    touched: BTreeSet<u64>,
+    /// The first walk, in which findings are told.
+    first: bool,
+    /// Leave out the references to the refcount structures, which are to be replaced.
+    without_refcounts: bool,
+    /// The last cluster that is used.
+    highest: u64,
+    work: (u64, u64),
+}
+
+impl<'a, 'l> Checker<'a, 'l> {
+    fn new(
+        file: &'a File,
+        details: &'a Details,
+        repair: Repair,
+        listener: &'a mut Listener<'l>,
+    ) -> Self {
+        let clusters = details.file_bytes.div_ceil(details.cluster_bytes());
+        Self {
+            file,
+            details,
+            repair,
+            listener,
+            report: Report {
+                total_clusters: details.header.size_bytes.div_ceil(details.cluster_bytes()),
+                ..Report::default()
+            },
+            senseless: 0,
+            wants_rebuild: false,
+            changed: false,
+            clusters,
+            table: Vec::new(),
+            l2_tables: Vec::new(),
+            window_start: 0,
+            window: Vec::new(),
+            touched: BTreeSet::new(),
+            first: true,
+            without_refcounts: false,
+            highest: 0,
+            work: (0, 0),
+        }
+    }
+
+    fn run(&mut self) -> Result<(), ReadError> {
+        self.read_refcount_table()?;
+        self.list_l2_tables()?;
+        self.work = (0, self.l2_tables.len() as u64 + 1);
+        self.touched.insert(0);
+        self.count_window(0)?;
+        self.first = false;
+        let windows: Vec<u64> = self.touched.iter().copied().collect();
+        let tables = self.l2_tables.len() as u64;
+        self.work.1 = tables * windows.len() as u64 + 1;
+        for window in windows {
+            if window != 0 {
+                self.count_window(window)?;
+            }
+            self.compare_window()?;
+        }
+        self.report.image_end_offset = (self.highest + 1) << self.details.header.cluster_bits;
+        // With repairs they are looked at when the refcounts are right.
+        if self.repair == Repair::Nothing || !self.changed {
+            self.copied()?;
+        }
+        (self.listener.progress)(self.work.1, self.work.1);
+        Ok(())
+    }
+
+    /// Something contradicts the format.
+    fn corruption(&mut self, line: &str) {
+        self.report.corruptions += 1;
+        (self.listener.finding)(&format!("ERROR {line}"));
+    }
+
+    /// The same, where nobody knows what was meant.
+    fn senseless(&mut self, line: &str) {
+        if self.first {
+            self.senseless += 1;
+            self.corruption(line);
+        }
+    }
+
+    fn bits(&self) -> u32 {
+        self.details.header.cluster_bits
+    }
+
+    fn step(&mut self) {
+        self.work.0 += 1;
+        (self.listener.progress)(self.work.0.min(self.work.1), self.work.1);
+    }
+}
+
+/// Has `each` look at `count` words of 64 bits from `offset` on, with their numbers; a part at a
+/// time. Where the file ends they are zeroes.
+fn words(
+    file: &File,
+    offset: u64,
+    count: u64,
+    mut each: impl FnMut(u64, u64) -> Result<(), ReadError>,
+) -> Result<(), ReadError> {
+    const PART: u64 = 8192;
+    let mut number = 0;
+    while number < count {
+        let part = PART.min(count - number);
+        let bytes = super::details::read_up_to(file, offset + number * 8, part as usize * 8)?;
+        let (words, _) = bytes.as_chunks();
+        if words.is_empty() {
+            return Ok(());
+        }
+        for word in words {
+            each(number, u64::from_be_bytes(*word))?;
+            number += 1;
+        }
+        if (words.len() as u64) < part {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+fn too_much(what: &str) -> ReadError {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned()).into()
+}

@@ -1,0 +1,326 @@
+//! Against qemu-img, on images of every kind, sound and broken; and on hostile ones.
+
+use std::path::Path;
+use std::process::Command;
+
+use proptest::prelude::*;
+
+use super::super::super::LockGranularity;
+use super::super::tests::qemu;
+use super::super::{create, extents};
+use super::*;
+use crate::disk::Format;
+
+const MIB: u64 = 1 << 20;
+
+fn options(path: &Path) -> OpenOptions {
+    OpenOptions {
+        path: path.into(),
+        readonly: true,
+        direct: false,
+        disable_io_uring: true,
+        lock: LockGranularity::ByteRange,
+        backing_files: false,
+    }
+}
+
+fn look(path: &Path, repair: Repair) -> (Report, Vec<String>) {
+    let mut lines = Vec::new();
+    let report = check(
+        &options(path),
+        repair,
+        &mut Listener {
+            finding: &mut |line| lines.push(line.to_owned()),
+            progress: &mut |done, total| assert!(done <= total),
+        },
+    );
+    (report.unwrap(), lines)
+}
+
+/// What qemu-img finds, without what it says of repairs.
+fn judge(path: &Path) -> Report {
+    let output = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2", "--output", "json"])
+        .arg(path)
+        .output()
+        .unwrap();
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let field = |name: &str| found[name].as_u64().unwrap_or(0);
+    Report {
+        corruptions: field("corruptions"),
+        leaks: field("leaks"),
+        corruptions_fixed: 0,
+        leaks_fixed: 0,
+        image_end_offset: field("image-end-offset"),
+        total_clusters: field("total-clusters"),
+        allocated_clusters: field("allocated-clusters"),
+        fragmented_clusters: field("fragmented-clusters"),
+        compressed_clusters: field("compressed-clusters"),
+    }
+}
+
+const KINDS: [&str; 9] = [
+    "cluster_size=64k",
+    "cluster_size=512",
+    "cluster_size=2M",
+    "cluster_size=4k,refcount_bits=1",
+    "cluster_size=4k,refcount_bits=2",
+    "cluster_size=64k,refcount_bits=64",
+    "compat=0.10",
+    "cluster_size=32k,extended_l2=on",
+    "lazy_refcounts=on,preallocation=metadata",
+];
+
+#[test]
+fn sound_images_of_every_kind_are_found_sound_with_the_same_figures() {
+    let Some(folder) = qemu::folder() else { return };
+    for (number, kind) in KINDS.iter().enumerate() {
+        let path = qemu::create(folder.path(), &format!("{number}.qcow2"), kind, 24 * MIB);
+        qemu::scribble(&path, 24 * MIB, 60, number as u64);
+        if !kind.contains("refcount_bits=1") {
+            qemu::img(&format!("snapshot -c one {}", path.display()));
+            qemu::scribble(&path, 24 * MIB, 30, 7 + number as u64);
+        }
+        if !kind.contains("0.10") {
+            qemu::img(&format!("bitmap --add -f qcow2 {} bits", path.display()));
+            qemu::scribble(&path, 24 * MIB, 5, 8);
+        }
+        let (report, lines) = look(&path, Repair::Nothing);
+        assert_eq!((report, lines), (judge(&path), vec![]), "{kind}");
+        let before = std::fs::read(&path).unwrap();
+        look(&path, Repair::All);
+        assert!(before == std::fs::read(&path).unwrap(), "{kind}: changed");
+    }
+}
+
+#[test]
+fn compressed_clusters_are_counted_by_what_they_cover() {
+    let Some(folder) = qemu::folder() else { return };
+    let source = qemu::create(folder.path(), "source.qcow2", "", 8 * MIB);
+    qemu::scribble(&source, 8 * MIB, 40, 3);
+    let path = folder.path().join("packed.qcow2");
+    let (source, target) = (source.display(), path.display());
+    qemu::img(&format!("convert -c -f qcow2 -O qcow2 {source} {target}"));
+    let (report, _) = look(&path, Repair::Nothing);
+    assert!(report.compressed_clusters > 0);
+    assert_eq!(report, judge(&path));
+}
+
+/// Where the refcount of a cluster is, in an image with one block and 16 bits.
+fn refcount_at(bytes: &[u8], cluster: u64) -> usize {
+    let field = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    field(field(48) as usize) as usize + cluster as usize * 2
+}
+
+fn sample(folder: &Path, name: &str) -> std::path::PathBuf {
+    let path = qemu::create(folder, name, "cluster_size=64k", 16 * MIB);
+    qemu::io(
+        &path,
+        &["write -P 5 0 3M".into(), "write -P 6 9M 1M".into()],
+    );
+    path
+}
+
+#[test]
+fn leaks_are_found_as_qemu_finds_them_and_repaired() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = sample(folder.path(), "leaks.qcow2");
+    let content = qemu::content(&path);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = refcount_at(&bytes, 0);
+    for cluster in [7, 20, 40] {
+        bytes[at + cluster * 2 + 1] += 3;
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    let (report, lines) = look(&path, Repair::Nothing);
+    let mut expected = judge(&path);
+    // QEMU's older versions count each lost reference, later ones each cluster.
+    expected.leaks = 3;
+    // Their COPIED bits are wrong now.
+    assert_eq!(report.corruptions, expected.corruptions);
+    assert_eq!(report, expected);
+    assert!(lines.contains(&"Leaked cluster 20 refcount=4 reference=1".to_owned()));
+    let (report, _) = look(&path, Repair::Leaks);
+    assert_eq!((report.leaks, report.leaks_fixed), (0, 3));
+    look(&path, Repair::All);
+    let judged = judge(&path);
+    assert_eq!((judged.leaks, judged.corruptions), (0, 0));
+    assert_eq!(look(&path, Repair::Nothing).0, judged);
+    assert!(content == qemu::content(&path));
+}
+
+#[test]
+fn refcounts_that_are_too_low_are_raised_only_when_all_shall_be_repaired() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = sample(folder.path(), "low.qcow2");
+    qemu::img(&format!("snapshot -c one {}", path.display()));
+    let content = qemu::content(&path);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = refcount_at(&bytes, 0);
+    for cluster in [6, 30] {
+        bytes[at + cluster * 2 + 1] -= 1;
+    }
+    // The mark that somebody noticed.
+    bytes[79] |= 2;
+    std::fs::write(&path, &bytes).unwrap();
+    let (report, _) = look(&path, Repair::Nothing);
+    assert_eq!(report.corruptions, judge(&path).corruptions);
+    assert!(report.corruptions >= 2);
+    let (left, _) = look(&path, Repair::Leaks);
+    assert_eq!(left.corruptions, report.corruptions);
+    assert_eq!(std::fs::read(&path).unwrap()[79], 2, "still marked");
+    let (report, _) = look(&path, Repair::All);
+    assert_eq!((report.corruptions, report.leaks), (0, 0));
+    assert!(report.corruptions_fixed >= 2);
+    let judged = judge(&path);
+    assert_eq!((judged.leaks, judged.corruptions), (0, 0));
+    assert_eq!(std::fs::read(&path).unwrap()[79], 0, "the mark is gone");
+    assert!(content == qemu::content(&path));
+}
+
+#[test]
+fn lost_refcounts_are_rebuilt_beside_the_old_ones() {
+    let Some(folder) = qemu::folder() else { return };
+    for (number, damage) in ["no block", "no table", "shared block"].iter().enumerate() {
+        let path = sample(folder.path(), &format!("lost{number}.qcow2"));
+        qemu::img(&format!("snapshot -c one {}", path.display()));
+        qemu::io(&path, &["write -P 8 1M 200k".into()]);
+        let content = qemu::content(&path);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let field = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let (table, l1) = (field(48) as usize, field(40));
+        let entry = match *damage {
+            "no block" => 0,
+            "no table" => u64::MAX,
+            _ => l1,
+        };
+        bytes[table..table + 8].copy_from_slice(&entry.to_be_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(look(&path, Repair::Nothing).0.corruptions > 0, "{damage}");
+        look(&path, Repair::Leaks);
+        assert!(bytes == std::fs::read(&path).unwrap(), "{damage}: changed");
+        let (report, _) = look(&path, Repair::All);
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{damage}");
+        let judged = judge(&path);
+        assert_eq!((judged.corruptions, judged.leaks), (0, 0), "{damage}");
+        assert!(content == qemu::content(&path), "{damage}");
+    }
+}
+
+#[test]
+fn an_entry_without_sense_is_told_and_left_with_the_leaks() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = sample(folder.path(), "odd.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let field = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = (field(field(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    bytes[l2 + 6] |= 0x42;
+    std::fs::write(&path, &bytes).unwrap();
+    let (report, lines) = look(&path, Repair::All);
+    assert!(report.corruptions > 0 && report.leaks > 0, "{report:?}");
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.contains("beginning of a cluster")),
+        "{lines:?}"
+    );
+    assert!(bytes == std::fs::read(&path).unwrap());
+}
+
+#[test]
+fn an_image_that_is_emptied_shows_what_lies_below_it_and_takes_no_space() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = sample(folder.path(), "full.qcow2");
+    empty(&options(&path)).unwrap();
+    assert!(qemu::content(&path).iter().all(|byte| *byte == 0));
+    let judged = judge(&path);
+    assert_eq!((judged.leaks, judged.corruptions), (0, 0));
+    assert!(path.metadata().unwrap().len() < MIB);
+}
+
+#[test]
+fn whatever_was_mutated_check_and_map_end_and_a_repair_leaves_nothing_it_calls_fixed() {
+    let Some(folder) = qemu::folder() else { return };
+    let mut samples = Vec::new();
+    for (number, kind) in [
+        "cluster_size=4k",
+        "cluster_size=16k,extended_l2=on",
+        "compat=0.10",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let path = qemu::create(folder.path(), &format!("m{number}.qcow2"), kind, 2 * MIB);
+        qemu::scribble(&path, 2 * MIB, 20, 5);
+        qemu::img(&format!("snapshot -c one {}", path.display()));
+        qemu::scribble(&path, 2 * MIB, 10, 6);
+        samples.push(std::fs::read(&path).unwrap());
+    }
+    let path = folder.path().join("hostile.qcow2");
+    let place = prop_oneof![3 => 0_usize..128, 2 => 0_usize..70000, 1 => any::<usize>()];
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 150,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    let changes = prop::collection::vec((place, any::<u8>()), 1..6);
+    runner
+        .run(
+            &(0..samples.len(), changes, any::<bool>()),
+            |(sample, changes, repair)| {
+                let mut bytes = samples[sample].clone();
+                for (at, value) in changes {
+                    let at = at % bytes.len();
+                    bytes[at] = value;
+                }
+                std::fs::write(&path, &bytes).unwrap();
+                let mut listener = Listener {
+                    finding: &mut |_| {},
+                    progress: &mut |_, _| {},
+                };
+                let repair = if repair { Repair::All } else { Repair::Nothing };
+                if let Ok(report) = check(&options(&path), repair, &mut listener)
+                    && repair == Repair::All
+                {
+                    let (again, _) = look(&path, Repair::Nothing);
+                    prop_assert_eq!(
+                        (again.corruptions, again.leaks),
+                        (report.corruptions, report.leaks)
+                    );
+                }
+                if let Ok(mut extents) =
+                    extents::Extents::open(Format::Qcow2, &options(&path), true)
+                {
+                    let end = extents.size_bytes().min(1 << 24);
+                    let mut at = 0;
+                    while at < end {
+                        let Ok(extent) = extents.next(at, end) else {
+                            break;
+                        };
+                        prop_assert!(extent.length > 0 && extent.start == at);
+                        at += extent.length;
+                    }
+                }
+                Ok(())
+            },
+        )
+        .unwrap();
+}
+
+#[test]
+fn a_window_at_a_time_finds_the_same() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = folder.path().join("wide.qcow2");
+    create::create(&create::CreateOptions {
+        size_bytes: Some(32 << 20),
+        cluster_size: Some(512),
+        preallocation: create::Preallocation::Metadata,
+        ..create::CreateOptions::new(&path, Format::Qcow2)
+    })
+    .unwrap();
+    let (report, lines) = look(&path, Repair::Nothing);
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{lines:?}");
+    assert_eq!(report.allocated_clusters, 64 << 10);
+    assert_eq!(report, judge(&path));
+    assert!(report.image_end_offset / 512 > 50 * WINDOW);
+}

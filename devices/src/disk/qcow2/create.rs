@@ -1,0 +1,273 @@
+//! New images, empty ones.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FallocateFlags;
+
+use super::super::new_file::NewFile;
+use super::super::{Format, LockGranularity, OpenOptions, SECTOR};
+use super::chain::backing_file;
+use super::extents::Extents;
+use super::header::Backing;
+use super::writer::{ImageWriter, Shape};
+use crate::config::{BuildError, Invalid};
+
+/// With subclusters: 4 KiB each, at the same cost of metadata as plain clusters of 64 KiB.
+const EXTENDED_CLUSTER: u64 = 128 << 10;
+const PLAIN_CLUSTER: u64 = 64 << 10;
+const MAX_BACKING_NAME: usize = 1023;
+
+/// How much of a new image is allocated at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// All tables; the file has holes for the data.
+    Metadata,
+    /// That, and space on the host.
+    Falloc,
+}
+
+/// What lies below a new image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewBacking {
+    /// Its name, as it will stand in the header: relative to the folder of the new image.
+    pub name: PathBuf,
+    /// Its format, which is recorded.
+    pub format: Format,
+}
+
+/// What a new image shall be. `None` leaves the choice to [`create`].
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// Where; nothing may be there.
+    pub path: PathBuf,
+    /// Its format; raw has no options but `preallocation`.
+    pub format: Format,
+    /// Size of the disk; without, that of the backing file.
+    pub size_bytes: Option<u64>,
+    /// 512 B to 2 MiB. 64 KiB, or 128 KiB with subclusters.
+    pub cluster_size: Option<u64>,
+    /// Subclusters: a 32nd of a cluster can be allocated by itself. On with a backing file.
+    pub extended_l2: Option<bool>,
+    /// 1 to 64; 16.
+    pub refcount_bits: Option<u32>,
+    /// Refcounts may lag behind, and are rebuilt after a crash.
+    pub lazy_refcounts: bool,
+    /// Version 2 of the format (`compat=0.10`).
+    pub version_2: bool,
+    /// The image below it.
+    pub backing: Option<NewBacking>,
+    /// See there.
+    pub preallocation: Preallocation,
+}
+
+impl CreateOptions {
+    /// The simplest.
+    pub fn new(path: &Path, format: Format) -> Self {
+        Self {
+            path: path.into(),
+            format,
+            size_bytes: None,
+            cluster_size: None,
+            extended_l2: None,
+            refcount_bits: None,
+            lazy_refcounts: false,
+            version_2: false,
+            backing: None,
+            preallocation: Preallocation::Off,
+        }
+    }
+
+    /// What all of this comes to; errors name the option that is to blame.
+    fn shape(&self) -> Result<Shape, BuildError> {
+        let backing_size = self.backing.as_ref().map(|b| self.check_backing(b));
+        let backing_size = backing_size.transpose()?;
+        let Some(size_bytes) = self.size_bytes.or(backing_size) else {
+            return Err(invalid(
+                "size",
+                "must be given where there is no backing file",
+            ));
+        };
+        if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) || size_bytes > i64::MAX as u64 {
+            return Err(invalid(
+                "size",
+                format!("{size_bytes} is not a multiple of {SECTOR} bytes from {SECTOR} on"),
+            ));
+        }
+        if self.format == Format::Raw {
+            self.check_raw()?;
+        }
+        let shape = self.qcow2_shape(size_bytes)?;
+        let cluster = 1 << shape.cluster_bits;
+        if shape.l1_entries() * 8 > 32 << 20 {
+            let reason = format!(
+                "a disk of {size_bytes} bytes is too large for clusters of {cluster} bytes"
+            );
+            return Err(invalid("size", reason));
+        }
+        if shape.header_bytes() > cluster {
+            let reason = format!("its name does not fit into a cluster of {cluster} bytes");
+            return Err(invalid("backing_file", reason));
+        }
+        Ok(shape)
+    }
+
+    fn qcow2_shape(&self, size_bytes: u64) -> Result<Shape, BuildError> {
+        let version = if self.version_2 { 2 } else { 3 };
+        let small = self.cluster_size.is_some_and(|size| size < 16 << 10);
+        let overlay = self.backing.is_some() && !self.version_2 && !small;
+        let extended_l2 = self.extended_l2.unwrap_or(overlay);
+        let cluster = self.cluster_size.unwrap_or(match extended_l2 {
+            true => EXTENDED_CLUSTER,
+            false => PLAIN_CLUSTER,
+        });
+        if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
+            let reason = format!("{cluster} is not a power of two from 512 to 2097152");
+            return Err(invalid("cluster_size", reason));
+        }
+        let only_v3 = |field: &str, set: bool| match set && self.version_2 {
+            true => Err(invalid(field, "needs version 3 (compat=1.1)")),
+            false => Ok(()),
+        };
+        only_v3("extended_l2", extended_l2)?;
+        only_v3("lazy_refcounts", self.lazy_refcounts)?;
+        if extended_l2 && cluster < 16 << 10 {
+            return Err(invalid(
+                "cluster_size",
+                "must be at least 16384 with extended_l2",
+            ));
+        }
+        let bits = self.refcount_bits.unwrap_or(16);
+        only_v3("refcount_bits", bits != 16)?;
+        if !bits.is_power_of_two() || bits > 64 {
+            let reason = format!("{bits} is not a power of two from 1 to 64");
+            return Err(invalid("refcount_bits", reason));
+        }
+        if self.backing.is_some() && self.preallocation != Preallocation::Off && !extended_l2 {
+            let reason = "hides the backing file, unless extended_l2 is on";
+            return Err(invalid("preallocation", reason));
+        }
+        Ok(Shape {
+            size_bytes,
+            version,
+            cluster_bits: cluster.trailing_zeros(),
+            extended_l2,
+            refcount_order: bits.trailing_zeros(),
+            lazy_refcounts: self.lazy_refcounts,
+            backing: self.backing.as_ref().map(|backing| {
+                let name = backing.name.as_os_str().as_bytes().to_vec();
+                (name, backing.format.name().as_bytes())
+            }),
+        })
+    }
+
+    fn check_raw(&self) -> Result<(), BuildError> {
+        let unknown = [
+            ("cluster_size", self.cluster_size.is_some()),
+            ("extended_l2", self.extended_l2.is_some()),
+            ("refcount_bits", self.refcount_bits.is_some()),
+            ("lazy_refcounts", self.lazy_refcounts),
+            ("compat", self.version_2),
+            ("backing_file", self.backing.is_some()),
+            (
+                "preallocation",
+                self.preallocation == Preallocation::Metadata,
+            ),
+        ];
+        match unknown.into_iter().find(|(_, set)| *set) {
+            Some((field, _)) => Err(invalid(field, "a raw image has no such option")),
+            None => Ok(()),
+        }
+    }
+
+    /// The size of the disk below, whose whole chain must be there.
+    fn check_backing(&self, backing: &NewBacking) -> Result<u64, BuildError> {
+        let name = backing.name.as_os_str().as_bytes();
+        if name.is_empty() || name.len() > MAX_BACKING_NAME {
+            let reason = format!("its name must have 1 to {MAX_BACKING_NAME} bytes");
+            return Err(invalid("backing_file", reason));
+        }
+        let recorded = Backing {
+            name: name.to_vec(),
+            format: Some(backing.format.name().as_bytes().to_vec()),
+        };
+        let options = OpenOptions {
+            path: self.path.clone(),
+            readonly: true,
+            direct: false,
+            disable_io_uring: true,
+            lock: LockGranularity::ByteRange,
+            backing_files: true,
+        };
+        let under = |error| match error {
+            BuildError::Invalid(wrong) => invalid("backing_file", wrong.reason),
+            other => other,
+        };
+        let (path, format) = backing_file(&recorded, &self.path, &options).map_err(under)?;
+        let below = OpenOptions { path, ..options };
+        let extents = Extents::open(format, &below, true).map_err(under)?;
+        Ok(extents.size_bytes())
+    }
+}
+
+/// Makes an image; returns the size of its disk. On error nothing is left behind.
+pub fn create(options: &CreateOptions) -> Result<u64, BuildError> {
+    let shape = options.shape()?;
+    fill(options, shape, NewFile::begin(&options.path)?)
+}
+
+/// The same on a thread that may not make files with names; without `preallocation`.
+pub fn create_nameless(options: &CreateOptions) -> Result<(), BuildError> {
+    let shape = options.shape()?;
+    let alone = CreateOptions {
+        preallocation: Preallocation::Off,
+        ..options.clone()
+    };
+    fill(&alone, shape, NewFile::begin_nameless(&options.path)?).map(drop)
+}
+
+fn fill(options: &CreateOptions, shape: Shape, new: NewFile) -> Result<u64, BuildError> {
+    let size = shape.size_bytes;
+    let failed = |error| BuildError::host(format!("writing {}", options.path.display()), error);
+    let end = match options.format {
+        Format::Raw => new.file().set_len(size).map(|()| size).map_err(failed)?,
+        Format::Qcow2 => {
+            let clusters = size.div_ceil(1 << shape.cluster_bits);
+            // What there is below it shall be seen.
+            let bitmap = if shape.backing.is_some() {
+                0
+            } else {
+                u32::MAX.into()
+            };
+            let mut writer = ImageWriter::new(new.file(), shape).map_err(failed)?;
+            if options.preallocation != Preallocation::Off {
+                for number in 0..clusters {
+                    writer.map(number, bitmap).map_err(failed)?;
+                }
+            }
+            writer.finish().map_err(failed)?
+        }
+    };
+    if options.preallocation == Preallocation::Falloc {
+        rustix::fs::fallocate(new.file(), FallocateFlags::empty(), 0, end)
+            .map_err(|error| failed(error.into()))?;
+    }
+    new.finish()?;
+    Ok(size)
+}
+
+/// The shape that an image of `size_bytes` would have, for one who fills it.
+pub fn shape_for(options: &CreateOptions, size_bytes: u64) -> Result<Shape, BuildError> {
+    CreateOptions {
+        size_bytes: Some(size_bytes),
+        ..options.clone()
+    }
+    .shape()
+}
+
+fn invalid(field: &str, reason: impl Into<String>) -> BuildError {
+    Invalid::new(field, reason).into()
+}

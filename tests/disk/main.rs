@@ -1,0 +1,9 @@
+//! `ballast disk`: the real process on real images, with qemu-img and qemu-io as the judges.
+//!
+//! Where those are not installed the tests that need them say so and pass.
+
+mod answers;
+mod bad_input;
+mod shell;
+mod tools;
+mod whole;
