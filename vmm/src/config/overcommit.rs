@@ -45,7 +45,8 @@ pub struct OvercommitConfig {
     #[serde(default)]
     pub mode: OvercommitMode,
     /// Bytes that no balloon takes from the guest, whoever asks: a multiple of 4096. When absent,
-    /// half of `max_size` in mode auto, otherwise 0.
+    /// half of `max_size` in mode auto; in mode off no balloon is held back, and the host has to
+    /// have all RAM, as without a policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(multiple_of = 4096, example = 167772160)]
     pub guaranteed_size: Option<u64>,
@@ -179,10 +180,10 @@ impl OvercommitConfig {
     /// Fills in what depends on the VM's RAM, so that `vm.info` tells what holds.
     pub fn fill_in(&mut self, ram: u64) {
         let max = *self.max_size.get_or_insert(ram);
-        self.guaranteed_size.get_or_insert(match self.mode {
-            OvercommitMode::Off => 0,
-            OvercommitMode::Auto => (max / 2 / PAGE * PAGE).max(GUARANTEE_MIN).min(max),
-        });
+        if self.mode == OvercommitMode::Auto {
+            let half = (max / 2 / PAGE * PAGE).max(GUARANTEE_MIN).min(max);
+            self.guaranteed_size.get_or_insert(half);
+        }
         let (least, most) = DEFAULT_STEP;
         self.step
             .get_or_insert((ram / 20 / PAGE * PAGE).clamp(least, most));
@@ -270,12 +271,11 @@ impl VmConfig {
     }
 
     /// Bytes that the VM is promised to be able to use, which is what admission counts: the
-    /// guarantee, or all RAM where there is no policy and so nobody who would take any.
+    /// guarantee, or all RAM where there is none and so nobody who would take any.
     pub fn guaranteed_bytes(&self) -> u64 {
-        match &self.overcommit {
-            Some(overcommit) => overcommit.guaranteed_size(),
-            None => self.memory.size,
-        }
+        let mut overcommit = self.overcommit.clone().unwrap_or_default();
+        overcommit.fill_in(self.memory.size);
+        overcommit.guaranteed_size.unwrap_or(self.memory.size)
     }
 
     /// Whether the governor drives the first balloon, or will.
@@ -447,6 +447,21 @@ mod tests {
         let mut without = config(60 * MIB);
         without.overcommit = None;
         without.check_floor(0, "size").unwrap();
-        assert_eq!(without.guaranteed_bytes(), 64 * MIB);
+    }
+
+    #[test]
+    fn the_host_has_to_have_what_is_guaranteed_or_else_everything() {
+        for (overcommit, bytes) in [
+            ("null", 64),
+            (r#"{"weight": 7}"#, 64),
+            (r#"{"mode": "auto"}"#, 32),
+            (r#"{"mode": "auto", "max_size": 50331648}"#, 24),
+            (r#"{"guaranteed_size": 16777216}"#, 16),
+            (r#"{"guaranteed_size": 0}"#, 0),
+        ] {
+            let text = format!(r#"{{"memory": {{"size": 67108864}}, "overcommit": {overcommit}}}"#);
+            let config: VmConfig = serde_json::from_str(&text).unwrap();
+            assert_eq!(config.guaranteed_bytes(), bytes * MIB, "{overcommit}");
+        }
     }
 }

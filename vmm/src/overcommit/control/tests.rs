@@ -306,12 +306,9 @@ fn the_others_are_heard_and_told() {
         step = guest.look(&mut control);
         step.is_some()
     }));
-    // Of the 4 MiB that are missing, half.
+    // Of the 4 MiB that are missing, about half: what it claims changes as it gives.
     let step = step.unwrap();
-    assert!(
-        (2 * MIB..3 * MIB).contains(&(step.to - step.from)),
-        "{step:?}"
-    );
+    assert!((MIB..3 * MIB).contains(&(step.to - step.from)), "{step:?}");
     control.rest();
     assert_eq!(*told.lock().unwrap(), Own::default());
 }
