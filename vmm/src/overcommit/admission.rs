@@ -33,21 +33,10 @@ impl Reservation {
         // The guest can have all RAM, by a client's word if not by the governor's.
         Self {
             max: ram,
-            guaranteed: guaranteed(config),
+            guaranteed: config.guaranteed_bytes(),
             overhead,
             huge_pages: 0,
         }
-    }
-}
-
-/// The guarantee, of a configuration that may not have its defaults filled in yet.
-fn guaranteed(config: &VmConfig) -> u64 {
-    match config.overcommit.clone() {
-        Some(mut overcommit) => {
-            overcommit.fill_in(config.memory.size);
-            overcommit.guaranteed_size()
-        }
-        None => config.guaranteed_bytes(),
     }
 }
 
