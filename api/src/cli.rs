@@ -186,6 +186,17 @@ mod tests {
         assert!(parse("ballast").unwrap().tool.is_none());
         assert!(parse("ballast host").is_err());
         assert!(parse("ballast host nothing").is_err());
+        assert!(parse("ballast host ksm status --json").is_ok());
+        assert!(parse("ballast host ksm on --pages-to-scan 5000 --sleep-ms 0").is_ok());
+        assert!(parse("ballast host ksm off").is_ok());
+        for bad in [
+            "",
+            " on --pages-to-scan 0",
+            " on --sleep-ms -1",
+            " off --unmerge",
+        ] {
+            assert!(parse(&format!("ballast host ksm{bad}")).is_err(), "{bad}");
+        }
         assert!(parse("ballast --api-socket /s host overcommit").is_err());
         let vm = parse("ballast --api-socket /s --overcommit-ledger /l").unwrap();
         assert_eq!(vm.overcommit_ledger, Some("/l".into()));

@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Subcommand;
+use vmm::overcommit::ksm::HOST as KSM;
 use vmm::overcommit::ledger::Limits;
 use vmm::overcommit::ledger::overview::{self, Overview, VmOverview};
 
+use self::ksm::KsmCommand;
 use crate::json;
+
+pub mod ksm;
 
 /// Where `ballast host overcommit` looks unless it is told.
 pub const DEFAULT_LEDGER: &str = "/run/ballast/overcommit";
@@ -27,13 +31,19 @@ pub enum HostCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Show, start or stop the host's merging of equal pages
+    #[command(subcommand)]
+    Ksm(KsmCommand),
 }
 
 impl HostCommand {
     /// Does it.
     pub fn run(&self) -> ExitCode {
-        let Self::Overcommit { ledger, json } = self;
-        match overcommit(ledger.as_deref(), *json).and_then(|text| print(&text)) {
+        let text = match self {
+            Self::Overcommit { ledger, json } => overcommit(ledger.as_deref(), *json),
+            Self::Ksm(command) => command.run(Path::new(KSM)),
+        };
+        match text.and_then(|text| print(&text)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("ballast: {error}");

@@ -15,6 +15,7 @@ mod crash;
 mod disk;
 mod disk_limits;
 mod hotplug;
+mod ksm;
 mod lifecycle;
 mod memory;
 mod pause;

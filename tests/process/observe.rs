@@ -5,7 +5,7 @@ use std::fs;
 use prometheus_parse::{Scrape, Value as Metric};
 use serde_json::{Value, json};
 
-use crate::support::ballast::Ballast;
+use crate::support::ballast::{Ballast, binary};
 use crate::support::eventually;
 use crate::support::http::{Client, header};
 
@@ -205,4 +205,32 @@ fn requests_are_counted_by_operation_and_what_is_none_has_one_name() {
     assert_eq!(count("vm.info", "404"), 1.0);
     assert_eq!(count("metrics", "405"), 1.0);
     assert!(count("vmm.ping", "200") >= 1.0);
+}
+
+#[test]
+fn a_vm_that_offers_its_memory_for_merging_starts_no_ksmd() {
+    let status = || {
+        let mut command = std::process::Command::new(binary());
+        let output = command.args(["host", "ksm", "status", "--json"]).output();
+        output.expect("run ballast")
+    };
+    let before = status();
+    let run = fs::read_to_string("/sys/kernel/mm/ksm/run");
+    let Ok(run) = run else {
+        let error = String::from_utf8_lossy(&before.stderr);
+        assert!(
+            !before.status.success() && error.contains("no KSM"),
+            "{error}"
+        );
+        return;
+    };
+    let ballast = Ballast::start();
+    boot(&ballast, &mut ballast.api(), &json!({"mergeable": true}));
+    assert_eq!(fs::read_to_string("/sys/kernel/mm/ksm/run").ok(), Some(run));
+    let told = |output: &std::process::Output| -> Value {
+        let value: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        value["run"].clone()
+    };
+    assert!(told(&before).is_string());
+    assert_eq!(told(&status()), told(&before));
 }

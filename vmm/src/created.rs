@@ -130,6 +130,8 @@ impl Created {
             measures.resident = Some(cost.resident);
             measures.swap = cost.swap;
         }
+        let profit = observer.ksm().net_profit;
+        measures.ksm_profit = profit.map(i64::cast_unsigned);
         let balloons = self.running.iter().flat_map(|vm| vm.devices.balloons());
         for (id, balloon) in balloons {
             let info = balloon.viewer().info(id);

@@ -214,6 +214,11 @@ impl Observer {
         self.cost_in(&cgroup, shared_ram)
     }
 
+    /// What KSM gains.
+    pub fn ksm(&self) -> KsmGain {
+        KsmGain::read(&self.process)
+    }
+
     fn cost_in(
         &mut self,
         cgroup: &Result<Cgroup, String>,
@@ -235,7 +240,7 @@ impl Observer {
         let cgroup = cgroup::locate(&self.process, self.pid);
         let begun = Instant::now();
         let cost = self.cost_in(&cgroup, subject.shared_ram);
-        let ksm = Dated::now(|| KsmGain::read(&self.process));
+        let ksm = Dated::now(|| self.ksm());
         let vcpus = Dated::now(|| self.vcpus(subject.vcpu_threads));
         let pressure = Dated::now(|| (self.host_pressure(), cgroup_pressure(&cgroup)));
 
