@@ -510,8 +510,8 @@ fn what_was_acknowledged_survives_a_kill_while_the_rest_is_held() {
         // And nobody is in the way of opening it again, once the kernel has taken down the ring.
         let config: DiskConfig = serde_json::from_value(json!({"path": image})).unwrap();
         let start = Instant::now();
-        while config.check_host().is_err() {
-            assert!(start.elapsed() < PATIENCE, "its lock is still there");
+        while let Err(error) = config.check_host() {
+            assert!(start.elapsed() < PATIENCE, "{error}");
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut disk = Disk::on(&image, plain(), json!({}));
