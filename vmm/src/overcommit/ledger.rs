@@ -3,7 +3,7 @@
 //!
 //! - [`record`]: what a VM tells, and how it stands in its file.
 //! - [`directory`]: who is alive, and how a reader finds out.
-//! - [`limits`]: what the operator sets for all of them.
+//! - [`mod@limits`]: what the operator sets for all of them.
 //! - [`host`]: what there is to share.
 //!
 //! # Whoever is killed at whatever moment
