@@ -26,8 +26,11 @@ const GUARANTEED_SIZE: u64 = 160 * MIB;
 const BURST_MIB: u64 = 200;
 /// From one burst of a guest to its next, in seconds.
 const PERIOD: u64 = 40;
-/// How long guests run together before the next one joins them.
-const SETTLE: Duration = Duration::from_secs(50);
+/// So many are started before anything is looked at, and so many join at a time then.
+const FIRST: usize = 10;
+const MORE: usize = 3;
+/// How long they run together before more join them: each has a burst.
+const SETTLE: Duration = Duration::from_secs(45);
 /// A guest that has done no burst for so long does not keep up any more.
 const STARVED: Duration = Duration::from_secs(240);
 
@@ -75,24 +78,21 @@ struct Host<'a> {
     kills_before: u64,
 }
 
-/// One line of the table for each policy and way of bursting.
-pub fn measure(options: &Options) -> String {
+/// Prints a table: one line for each policy and way of bursting, as it is measured.
+pub fn measure(options: &Options) {
     // The host's OOM killer takes guests, not who counts them.
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
         eprintln!("bench: may be killed itself: {error}");
     }
-    let mut table = String::from(
-        "| bursts | policy | guests that ran well | bursts each minute then | what ended it |\n\
-         |---|---|---|---|---|\n",
+    println!(
+        "| bursts | policy | guests that ran well | bursts each minute then | what ended it |"
     );
-    for bursts in [Bursts::Staggered, Bursts::Coincident] {
-        for policy in [Policy::Off, Policy::Reporting, Policy::Auto] {
-            let line = Host::new(options, policy, bursts).fill();
-            eprintln!("bench: {line}");
-            table.push_str(&line);
+    println!("|---|---|---|---|---|");
+    for policy in [Policy::Off, Policy::Auto, Policy::Reporting] {
+        for bursts in [Bursts::Staggered, Bursts::Coincident] {
+            println!("{}", Host::new(options, policy, bursts).fill());
         }
     }
-    table
 }
 
 impl<'a> Host<'a> {
@@ -114,8 +114,14 @@ impl<'a> Host<'a> {
             if self.guests.len() >= self.options.runs {
                 break "nothing: no more were started".to_owned();
             }
-            if let Err(refused) = self.start_guest() {
-                break refused;
+            let more = if well == 0 { FIRST } else { MORE };
+            let room = self.options.runs - self.guests.len();
+            let started: Result<(), String> = (0..more.min(room)).try_for_each(|_| {
+                self.start_guest()?;
+                self.trouble().map_or(Ok(()), Err)
+            });
+            if let Err(trouble) = started {
+                break trouble;
             }
             let begun = Instant::now();
             let before = self.told().bursts;
@@ -137,8 +143,10 @@ impl<'a> Host<'a> {
             );
         };
         format!(
-            "| {:?} | {:?} | {well} | {pace:.1} | {ended} |\n",
-            self.bursts, self.policy
+            "| {:?} | {:?} | {well} | {pace:.1} | {ended}, with {} |",
+            self.bursts,
+            self.policy,
+            self.guests.len()
         )
     }
 

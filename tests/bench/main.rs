@@ -56,7 +56,7 @@ fn main() {
         "guest" => guest::measure(&options),
         "inflate" => inflate::measure(&options),
         "density" => {
-            print!("{}", density::measure(&options));
+            density::measure(&options);
             return;
         }
         // `cargo bench` ends here: the release binary and a guest are needed too.
