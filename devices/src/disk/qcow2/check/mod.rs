@@ -211,7 +211,12 @@ impl<'a, 'l> Checker<'a, 'l> {
         self.first = false;
         let windows: Vec<u64> = self.touched.iter().copied().collect();
         let tables = self.l2_tables.len() as u64;
-        self.work.1 = tables * windows.len() as u64 + 1;
+        let ahead = self.repair != Repair::Nothing && windows.len() > 1 && !self.wants_rebuild;
+        let walks = windows.len() as u64 * if ahead { 2 } else { 1 };
+        self.work.1 = tables * walks + 1;
+        if ahead {
+            self.look_ahead(&windows[1..])?;
+        }
         for window in windows {
             if window != 0 {
                 self.count_window(window)?;
@@ -225,6 +230,19 @@ impl<'a, 'l> Checker<'a, 'l> {
         }
         (self.listener.progress)(self.work.1, self.work.1);
         Ok(())
+    }
+
+    /// Whether any refcount block lies where something else is too: the blocks that are written to
+    /// in one window may lie in another.
+    fn look_ahead(&mut self, later: &[u64]) -> Result<(), ReadError> {
+        for window in later {
+            self.count_window(*window)?;
+            if !self.shared_blocks().is_empty() {
+                self.wants_rebuild = true;
+                break;
+            }
+        }
+        self.count_window(0)
     }
 
     /// Something contradicts the format.

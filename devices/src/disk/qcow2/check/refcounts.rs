@@ -170,18 +170,20 @@ impl Checker<'_, '_> {
 
     /// A block that something else refers to as well can't be written to.
     fn check_blocks(&mut self) {
-        let end = self.window_start + self.window.len() as u64;
-        for index in 0..self.table.len() {
-            let block = self.table[index];
-            let cluster = block >> self.bits();
-            if self.is_block(block) && (self.window_start..end).contains(&cluster) {
-                let count = self.window[(cluster - self.window_start) as usize];
-                if count > 1 {
-                    self.wants_rebuild = true;
-                    self.corruption(&format!("refcount block {index} refcount={count}"));
-                }
-            }
+        for (index, count) in self.shared_blocks() {
+            self.wants_rebuild = true;
+            self.corruption(&format!("refcount block {index} refcount={count}"));
         }
+    }
+
+    /// The blocks in this window that something else refers to, and the references to them.
+    pub fn shared_blocks(&self) -> Vec<(usize, u32)> {
+        let shared = |(index, block): (usize, &u64)| {
+            let cluster = (block >> self.bits()).checked_sub(self.window_start)?;
+            let count = *self.window.get(usize::try_from(cluster).ok()?)?;
+            (count > 1 && self.is_block(*block)).then_some((index, count))
+        };
+        self.table.iter().enumerate().filter_map(shared).collect()
     }
 
     fn blocks_are_shared(&self) -> bool {

@@ -324,3 +324,49 @@ fn a_window_at_a_time_finds_the_same() {
     assert_eq!(report, judge(&path));
     assert!(report.image_end_offset / 512 > 50 * WINDOW);
 }
+
+/// An image with clusters of 512 bytes in which the guest's data lies in several windows, and
+/// where in the file its last cluster is.
+fn wide(path: &Path) -> u64 {
+    create::create(&create::CreateOptions {
+        size_bytes: Some(MIB),
+        cluster_size: Some(512),
+        preallocation: create::Preallocation::Metadata,
+        ..create::CreateOptions::new(path, Format::Qcow2)
+    })
+    .unwrap();
+    let bytes = std::fs::read(path).unwrap();
+    let field = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
+    // 32 tables of 64 entries each.
+    let table = field(field(40) + 31 * 8) & super::super::entry::OFFSET;
+    field(table + 63 * 8) & super::super::entry::OFFSET
+}
+
+#[test]
+fn refcounts_are_not_written_over_data_of_a_later_window() {
+    let folder = tempfile::tempdir().unwrap();
+    for repair in [Repair::Leaks, Repair::All] {
+        let path = folder.path().join(format!("{repair:?}.qcow2"));
+        let data = wide(&path);
+        assert!(data / 512 >= WINDOW, "not in the first window");
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.resize(bytes.len().max(data as usize + 512), 0);
+        let place = data as usize..data as usize + 512;
+        bytes[place.clone()].fill(0xa5);
+        // The block of the first clusters, it says, is where the guest's data is.
+        let table = u64::from_be_bytes(bytes[48..56].try_into().unwrap()) as usize;
+        bytes[table..table + 8].copy_from_slice(&data.to_be_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let (report, lines) = look(&path, repair);
+        let after = std::fs::read(&path).unwrap();
+        assert!(after[place.clone()] == bytes[place], "{repair:?}");
+        assert!(lines.contains(&"ERROR refcount block 0 refcount=2".to_owned()));
+        if repair == Repair::All {
+            assert_eq!((report.corruptions, report.leaks), (0, 0));
+            let (report, lines) = look(&path, Repair::Nothing);
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{lines:?}");
+        } else {
+            assert!(after == bytes, "changed");
+        }
+    }
+}
