@@ -98,6 +98,8 @@ struct Vmm {
     created: Option<Created>,
     observer: Observer,
     control: Control,
+    /// A deadline was the last to have its turn.
+    expired: bool,
 }
 
 enum Flow {
@@ -120,6 +122,7 @@ impl Vmm {
             created: None,
             observer: Observer::default(),
             control,
+            expired: false,
         }
     }
 
@@ -154,11 +157,11 @@ impl Vmm {
     }
 
     /// The next message, or `None` when a deadline has passed.
-    fn next_message(&self) -> Option<Message> {
+    fn next_message(&mut self) -> Option<Message> {
         let removal = self.created.as_ref().and_then(Created::next_deadline);
         let deadlines = removal.into_iter().chain(self.next_look());
         let deadline = deadlines.chain(self.ledger_due()).min();
-        receive(&self.endpoint.inbox, deadline)
+        receive(&self.endpoint.inbox, deadline, &mut self.expired)
     }
 
     fn command(&mut self, command: Command) -> Flow {
@@ -650,8 +653,11 @@ impl Vmm {
         }
         if signalled.reset {
             self.emit("vm", "guest-reset", &[]);
-            // The guest may have done it just before it was paused.
-            let paused = self.state() == Some(State::Paused);
+            // The guest may have done it just before it was paused. By a disk for lack of space
+            // is no reason any more: that disk has let go of what it held.
+            let for_space = |c: &Created| c.is_paused_for_space();
+            let paused = self.state() == Some(State::Paused)
+                && !self.created.as_ref().is_some_and(for_space);
             let since = self.created.as_ref().and_then(Created::booted_at);
             if let Some(wait) = since.and_then(|at| RESET_INTERVAL.checked_sub(at.elapsed())) {
                 std::thread::sleep(wait);
@@ -724,18 +730,29 @@ impl Vmm {
 }
 
 /// The next message, or `None` when the deadline has passed, however many messages wait: a guest
-/// can see to it that one always does.
-fn receive(inbox: &Receiver<Message>, deadline: Option<Instant>) -> Option<Message> {
+/// can see to it that one always does. After a `None` (which `expired` remembers) messages come
+/// first, however long the next deadline has passed: what is done then may take longer than it is
+/// to the next one.
+fn receive(
+    inbox: &Receiver<Message>,
+    deadline: Option<Instant>,
+    expired: &mut bool,
+) -> Option<Message> {
+    let before = std::mem::take(expired);
     let Some(deadline) = deadline else {
         return Some(inbox.recv().unwrap_or(Message::Terminate));
     };
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
+    if left.is_zero() && !before {
+        *expired = true;
         return None;
     }
     match inbox.recv_timeout(left) {
         Ok(message) => Some(message),
-        Err(RecvTimeoutError::Timeout) => None,
+        Err(RecvTimeoutError::Timeout) => {
+            *expired = true;
+            None
+        }
         Err(RecvTimeoutError::Disconnected) => Some(Message::Terminate),
     }
 }

@@ -117,9 +117,7 @@ impl Control {
 
     /// Looks, and decides.
     pub fn look(&mut self, driven: Driven<'_>) -> Option<Step> {
-        let now = Instant::now();
-        self.looked = Some(now);
-        let elapsed = now.saturating_duration_since(self.epoch).as_millis();
+        let elapsed = self.epoch.elapsed().as_millis();
         let now_ms = u64::try_from(elapsed).unwrap_or(u64::MAX);
         if self.driven.as_deref() != Some(driven.id) {
             // What was known is of another balloon; that its guest had trouble still holds.
@@ -143,6 +141,8 @@ impl Control {
             decided = Some((decision, next));
             decision.own
         });
+        // Not before: whoever keeps the others' lock may have kept us longer than the interval.
+        self.looked = Some(Instant::now());
         self.ask(driven.balloon);
         let (decision, next) = decided?;
         self.state = next;

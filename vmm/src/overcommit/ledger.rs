@@ -100,6 +100,9 @@ pub struct Ledger {
     record: Record,
     neighbours: Neighbours,
     degraded: Option<String>,
+    /// Why the directory's lock could not be had the last time. To write in place needs none, so
+    /// that this does not pass because a write succeeds.
+    stuck: Option<String>,
     news: bool,
     events: Events,
 }
@@ -115,6 +118,13 @@ impl Ledger {
         let host = Host::default();
         let directory = Directory::open(path).map_err(|e| fail("", &e))?;
         limits(&directory).map_err(|reason| fail("", &reason))?;
+        if directory.others_may_open().map_err(|e| fail("", &e))? {
+            tracing::warn!(
+                directory = %path.display(),
+                "whoever can open the overcommit ledger can hold its locks: \
+                 its mode should be 0700, or 0770 with a group"
+            );
+        }
         let record = Record {
             pid: std::process::id(),
             start_time: host::start_time().unwrap_or_default(),
@@ -143,6 +153,7 @@ impl Ledger {
             record,
             neighbours: Neighbours::default(),
             degraded: None,
+            stuck: None,
             news: false,
             events,
         })
@@ -180,6 +191,8 @@ impl Ledger {
             let record = Record {
                 reservation: asked,
                 weight,
+                // Others count it where admission did.
+                cgroup: self.host.cgroup(),
                 written_at_ms: boot_clock_ms(),
                 ..self.record.clone()
             };
@@ -293,11 +306,16 @@ impl Ledger {
     /// and tried again the next time.
     fn write(&mut self) {
         self.record.written_at_ms = boot_clock_ms();
+        if self.stuck.is_some() && self.directory.lock(NO_PATIENCE).is_ok() {
+            self.stuck = None;
+        }
         let result = self.is_in_place().and_then(|in_place| {
             if in_place {
                 return put(&self.file, &self.record);
             }
-            let locked = self.directory.lock(self.patience())?;
+            let locked = self.directory.lock(self.patience());
+            self.stuck = locked.as_ref().err().map(ToString::to_string);
+            let locked = locked?;
             self.file = self.directory.make(&locked, &self.name, &self.record)?;
             Ok(())
         });
@@ -309,7 +327,7 @@ impl Ledger {
     }
 
     fn patience(&self) -> Duration {
-        if self.degraded.is_some() {
+        if self.degraded.is_some() || self.stuck.is_some() {
             NO_PATIENCE
         } else {
             SHORT_PATIENCE
@@ -318,7 +336,7 @@ impl Ledger {
 
     /// Remembers whether the ledger works.
     fn note(&mut self, result: Result<(), String>) {
-        let degraded = result.err();
+        let degraded = result.err().or_else(|| self.stuck.clone());
         if degraded != self.degraded {
             self.degraded = degraded;
             self.news = true;
@@ -391,6 +409,7 @@ impl Ledger {
         decide: &mut dyn FnMut(&Neighbours) -> Own,
     ) -> io::Result<()> {
         let locked = self.directory.lock(self.patience());
+        self.stuck = locked.as_ref().err().map(ToString::to_string);
         let read = match &locked {
             Ok(_) => self.directory.snapshot(),
             Err(error) => Err(error.kind().into()),

@@ -316,9 +316,54 @@ fn more_ram_than_a_slot_of_kvm_holds_is_refused_before_it_is_tried() {
 fn a_deadline_is_noticed_although_messages_wait() {
     let (sender, inbox) = std::sync::mpsc::channel();
     sender.send(Message::Guest).unwrap();
-    assert!(super::receive(&inbox, Some(Instant::now())).is_none());
+    let mut expired = false;
+    assert!(super::receive(&inbox, Some(Instant::now()), &mut expired).is_none());
     let later = Instant::now() + Duration::from_secs(30);
-    assert!(super::receive(&inbox, Some(later)).is_some());
+    assert!(super::receive(&inbox, Some(later), &mut expired).is_some());
+}
+
+#[test]
+fn messages_are_heard_although_a_deadline_has_always_passed() {
+    let (sender, inbox) = std::sync::mpsc::channel();
+    for _ in 0..2 {
+        sender.send(Message::Guest).unwrap();
+    }
+    let mut expired = false;
+    let mut next = || super::receive(&inbox, Some(Instant::now()), &mut expired).is_some();
+    assert_eq!([(); 4].map(|()| next()), [false, true, false, true]);
+    // Nor does it have to be its turn where nothing waits.
+    assert_eq!([(); 3].map(|()| next()), [false; 3]);
+    sender.send(Message::Guest).unwrap();
+    assert!(next(), "the last was a deadline");
+}
+
+#[test]
+fn a_reset_ends_a_pause_for_lack_of_space_and_not_one_that_a_client_asked_for() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("SKIPPED: there is no /dev/kvm");
+        return;
+    }
+    let kernel = file(&elf(RESET));
+    for (for_space, then) in [(true, State::Running), (false, State::Paused)] {
+        let (_handle, endpoint) = channel(Events::new(Instant::now()));
+        let host = Sources::open(&psi::Paths::default());
+        let control = Control::new(host, Box::new(Alone));
+        let mut vmm = Vmm::new(Options::default(), None, endpoint, control);
+        let config = json!({
+            "memory": {"size": 16 << 20},
+            "payload": {"kernel": kernel.path()},
+        });
+        vmm.create(serde_json::from_value(config).unwrap()).unwrap();
+        vmm.boot(false).unwrap();
+        let message = vmm.endpoint.inbox.recv_timeout(Duration::from_secs(30));
+        assert!(matches!(message, Ok(Message::Guest)));
+        vmm.pause().unwrap();
+        if for_space {
+            vmm.created.as_mut().unwrap().set_paused_for_space();
+        }
+        vmm.guest();
+        assert_eq!(vmm.state(), Some(then));
+    }
 }
 
 #[test]

@@ -279,6 +279,30 @@ impl Coordinator for Others {
     }
 }
 
+/// Others that keep the lock for a while: when they gave it back.
+struct Slow(Arc<std::sync::Mutex<Option<Instant>>>);
+
+impl Coordinator for Slow {
+    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
+        std::thread::sleep(Duration::from_millis(20));
+        decide(&Neighbours::default());
+        *self.0.lock().unwrap() = Some(Instant::now());
+    }
+}
+
+#[test]
+fn the_time_that_others_take_is_not_taken_from_the_interval() {
+    let host = Host::new();
+    host.say(512 * MIB, "0.00");
+    let mut control = host.control();
+    let returned = Arc::default();
+    control.coordinator = Box::new(Slow(Arc::clone(&returned)));
+    let mut guest = Guest::new(true);
+    guest.look(&mut control);
+    let returned = returned.lock().unwrap().unwrap();
+    assert!(control.due(0) >= returned);
+}
+
 #[test]
 fn the_others_are_heard_and_told() {
     let host = Host::new();

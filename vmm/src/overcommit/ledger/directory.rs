@@ -77,6 +77,11 @@ impl Directory {
         Ok(Self(rustix::fs::open(path, flags, Mode::empty())?))
     }
 
+    /// Whether its mode lets others than its owner and group do anything with it.
+    pub(super) fn others_may_open(&self) -> io::Result<bool> {
+        Ok(fstat(&self.0)?.st_mode & 0o007 != 0)
+    }
+
     /// Makes a record and locks it for as long as the file returned is open.
     pub(super) fn make(&self, _: &Locked<'_>, name: &str, record: &Record) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;

@@ -7,8 +7,8 @@ use super::super::admission::Ceiling;
 
 /// Where the kernel tells.
 pub(super) struct Host {
-    proc: PathBuf,
-    cgroups: PathBuf,
+    pub(super) proc: PathBuf,
+    pub(super) cgroups: PathBuf,
 }
 
 impl Default for Host {

@@ -10,7 +10,7 @@
 //! a reader that it met a write half way. A name that a reader does not know is skipped, so fields
 //! can be added without a new version; sizes are in bytes.
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use thiserror::Error;
 use utoipa::ToSchema;
 
@@ -93,7 +93,10 @@ numbers! {
         resident,
         /// Bytes of it on the host's swap.
         swap,
-        /// Bytes that KSM saves, less what that costs; as two's complement where it is below 0.
+        /// Bytes that KSM saves, less what that costs; in the file as two's complement where it
+        /// is below 0.
+        #[serde(serialize_with = "signed")]
+        #[schema(value_type = Option<i64>)]
         ksm_profit,
         /// Its claim to give of what the host needs: idle memory by weight.
         claim,
@@ -102,6 +105,10 @@ numbers! {
         /// Milliseconds of the host's boot clock when those two were told.
         told_at_ms,
     }
+}
+
+fn signed<S: Serializer>(number: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+    number.map(u64::cast_signed).serialize(serializer)
 }
 
 /// What a VM is promised, and what admission has set aside for it; all zeroes while it is off.
@@ -330,6 +337,17 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         assert_eq!(Record::decode(&record().encode()), Ok(record()));
+    }
+
+    #[test]
+    fn what_costs_more_than_it_saves_is_shown_below_0() {
+        let mut record = record();
+        record.measures.ksm_profit = Some((-4096_i64).cast_unsigned());
+        let record = Record::decode(&record.encode()).unwrap();
+        let json = serde_json::to_value(record).unwrap();
+        assert_eq!(json["ksm_profit"], -4096);
+        assert_eq!(json["actual"], 300 << 20);
+        assert_eq!(json.get("idle"), None);
     }
 
     #[test]

@@ -315,10 +315,66 @@ fn who_keeps_the_lock_for_ever_is_not_waited_for() {
     });
     assert_eq!(decided, 1);
     assert!(a.ledger.status().degraded.is_some());
+    // To write in place needs no lock, so it does not mean that there is one to be had.
+    a.ledger.update("", "Running", Measures::default());
+    assert!(a.ledger.status().degraded.is_some());
+    assert_eq!(a.ledger.patience(), NO_PATIENCE);
     drop(keeper);
     a.ledger.exchange(&mut |_| Own::default());
     assert_eq!(a.ledger.status().degraded, None);
     a.ledger.reserve(asked(MIB), 1).unwrap();
+}
+
+#[test]
+fn that_the_lock_is_free_again_is_noticed_by_who_only_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = open(&dir);
+    let keeper = rustix::fs::open(dir.path(), OFlags::RDONLY, Mode::empty()).unwrap();
+    flock(&keeper, FlockOperation::LockExclusive).unwrap();
+    a.ledger.exchange(&mut |_| Own::default());
+    a.ledger.tell_news();
+    a.ledger.update("", "Running", Measures::default());
+    a.ledger.tell_news();
+    drop(keeper);
+    a.ledger.update("", "Running", Measures::default());
+    a.ledger.tell_news();
+    assert_eq!(a.ledger.patience(), SHORT_PATIENCE);
+    let told = ["overcommit-ledger-degraded", "overcommit-ledger-restored"];
+    assert_eq!(a.events(), told);
+}
+
+#[test]
+fn what_is_set_aside_is_told_with_the_cgroup_that_it_was_admitted_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut a = open(&dir);
+    let host = tempfile::tempdir().unwrap();
+    let proc = host.path().join("proc");
+    std::fs::create_dir_all(proc.join("self")).unwrap();
+    std::fs::write(proc.join("meminfo"), "MemTotal: 4194304 kB\n").unwrap();
+    std::fs::write(proc.join("self/cgroup"), "0::/moved/here\n").unwrap();
+    a.ledger.host = Host {
+        proc,
+        cgroups: host.path().join("cgroup"),
+    };
+    a.ledger.reserve(asked(MIB), 1).unwrap();
+    assert_eq!(snapshot(&dir).records[0].1.cgroup, "/moved/here");
+}
+
+#[test]
+fn a_directory_that_others_may_open_is_seen() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    for (mode, open) in [
+        (0o700, false),
+        (0o770, false),
+        (0o705, true),
+        (0o711, true),
+        (0o1777, true),
+    ] {
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
+        let directory = Directory::open(dir.path()).unwrap();
+        assert_eq!(directory.others_may_open().unwrap(), open, "{mode:o}");
+    }
 }
 
 #[test]
