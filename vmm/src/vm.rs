@@ -216,11 +216,17 @@ impl Vm {
     /// are named as seen from `overcommit`.
     pub fn limit_cpu(&mut self, limits: CpuLimits) -> Result<(), Invalid> {
         match &mut self.cpu_group {
-            Some(group) if limits.any() => group.set(limits)?,
+            Some(group) => {
+                // Also to lift them: what can't be lifted is told while there is who to tell.
+                group.set(limits)?;
+                if !limits.any() {
+                    self.cpu_group = None;
+                }
+            }
             None if limits.any() => {
                 self.cpu_group = Some(CpuGroup::new(limits, &self.vcpus.thread_ids())?);
             }
-            _ => self.cpu_group = None,
+            None => {}
         }
         Ok(())
     }

@@ -175,11 +175,19 @@ impl CpuGroup {
         if limits == before {
             return Ok(());
         }
+        // A weight counts as set from here on, as it may be when what follows it is refused.
+        self.limits = CpuLimits {
+            weight: limits.weight.or(before.weight),
+            ..limits
+        };
         let result = self.write_limits(limits);
         if result.is_ok() {
             self.limits = limits;
-        } else if let Err(error) = self.write_limits(before) {
-            tracing::error!(%error, "the cgroup's limits could not be set back");
+            return result;
+        }
+        match self.write_limits(before) {
+            Ok(()) => self.limits = before,
+            Err(error) => tracing::error!(%error, "the cgroup's limits could not be set back"),
         }
         result
     }
@@ -373,6 +381,47 @@ mod tests {
         fs::write(group.join("cgroup.procs"), "100\n7\n").unwrap();
         find(host.path(), 100).unwrap_err();
         assert!(group.join("vcpus").exists());
+    }
+
+    #[test]
+    fn limits_that_are_refused_leave_those_that_were() {
+        let host = host(&[("cpu.weight", "100")]);
+        let directory = host.path().join("groups/vm1");
+        fs::create_dir(directory.join("vcpus")).unwrap();
+        fs::write(directory.join("vcpus/cpu.max"), "max 100000").unwrap();
+        let mut group = CpuGroup {
+            directory: directory.clone(),
+            weight_before: Some(100),
+            limits: CpuLimits::default(),
+        };
+        let weight = || fs::read_to_string(directory.join("cpu.weight")).unwrap();
+        // A burst, where the kernel has none, is refused when the weight has been written.
+        let refused = CpuLimits {
+            weight: Some(200),
+            max: Some(CpuMax {
+                quota_us: 5000,
+                period_us: 100_000,
+                burst_us: Some(1000),
+            }),
+        };
+        assert_eq!(group.set(refused).unwrap_err().field, "cpu_max.burst_us");
+        assert_eq!(
+            (weight().as_str(), group.limits),
+            ("100", CpuLimits::default())
+        );
+        let weighs = CpuLimits {
+            weight: Some(300),
+            max: None,
+        };
+        group.set(weighs).unwrap();
+        assert_eq!(group.set(refused).unwrap_err().field, "cpu_max.burst_us");
+        assert_eq!((weight().as_str(), group.limits), ("300", weighs));
+        // They can't be lifted either, and are not taken for lifted.
+        fs::remove_file(directory.join("vcpus/cpu.max")).unwrap();
+        let stay = group.set(CpuLimits::default()).unwrap_err();
+        assert_eq!(stay.field, "cpu_max");
+        assert_eq!(weight(), "300");
+        assert_eq!(group.limits.weight, Some(300));
     }
 
     #[test]
