@@ -74,6 +74,14 @@ impl NewFile {
         let failed =
             |error: Errno| BuildError::host(format!("finishing {}", self.path.display()), error);
         rustix::fs::fsync(&self.file).map_err(failed)?;
+        // Before it has its name, as an error shall leave nothing behind.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = match rustix::fs::openat(CWD, folder(&self.path), flags, Mode::empty()) {
+            Ok(folder) => Some(folder),
+            // One may make files in it and not read it.
+            Err(Errno::ACCESS) => None,
+            Err(error) => return Err(failed(error)),
+        };
         let named = match &self.temporary {
             None => {
                 let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -89,13 +97,17 @@ impl NewFile {
             Err(error) => return Err(failed(error)),
         }
         self.temporary = None;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::openat(CWD, folder(&self.path), flags, Mode::empty());
-        // A file system that can't sync a folder has kept the name already.
-        match folder.and_then(rustix::fs::fsync) {
-            Ok(()) | Err(Errno::INVAL | Errno::ACCESS) => Ok(()),
-            Err(error) => Err(failed(error)),
+        match folder.map_or(Ok(()), rustix::fs::fsync) {
+            // A file system that can't sync a folder has kept the name already.
+            Ok(()) | Err(Errno::INVAL) => {}
+            // It is whole and in its place, and others may use it by now.
+            Err(error) => tracing::warn!(
+                path = %self.path.display(),
+                %error,
+                "the folder of a new file can't be synced: its name may not outlast a power failure"
+            ),
         }
+        Ok(())
     }
 }
 
@@ -119,12 +131,16 @@ fn exists(path: &Path) -> BuildError {
     invalid(format!("{} exists already", path.display()))
 }
 
+/// The path's fault, unless the host or the process has run out of something.
 fn cannot(path: &Path, error: Errno) -> BuildError {
-    invalid(format!(
-        "{} can't be made: {}",
-        path.display(),
-        std::io::Error::from(error)
-    ))
+    match BuildError::cannot_open("path", path, error) {
+        BuildError::Invalid(_) => invalid(format!(
+            "{} can't be made: {}",
+            path.display(),
+            std::io::Error::from(error)
+        )),
+        host => host,
+    }
 }
 
 fn invalid(reason: String) -> BuildError {
@@ -156,6 +172,30 @@ mod tests {
         assert!(NewFile::begin(&folder.path().join("no/such")).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
         assert_eq!(names(), 1);
+    }
+
+    #[test]
+    fn only_what_the_path_is_to_blame_for_names_it() {
+        for error in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            let error = cannot(Path::new("/x"), error);
+            assert!(matches!(error, BuildError::Host { .. }), "{error}");
+        }
+        let error = cannot(Path::new("/x"), Errno::ROFS);
+        assert!(
+            matches!(&error, BuildError::Invalid(wrong) if wrong.field == "path"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_file_without_its_folder_is_not_finished() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("folder");
+        std::fs::create_dir(&folder).unwrap();
+        let new = NewFile::begin(&folder.join("new")).unwrap();
+        std::fs::remove_dir(&folder).unwrap();
+        assert!(new.finish().is_err());
+        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -231,9 +231,20 @@ pub fn create_nameless(options: &CreateOptions) -> Result<(), BuildError> {
 
 fn fill(options: &CreateOptions, shape: Shape, new: NewFile) -> Result<u64, BuildError> {
     let size = shape.size_bytes;
-    let failed = |error| BuildError::host(format!("writing {}", options.path.display()), error);
+    let failed = |error: std::io::Error| match error.raw_os_error() {
+        Some(libc::EFBIG) => too_large(options, size, &error),
+        _ => BuildError::host(format!("writing {}", options.path.display()), error),
+    };
+    let no_length = |error: std::io::Error| match error.raw_os_error() {
+        // Beyond what this file system can count.
+        Some(libc::EINVAL) => too_large(options, size, &error),
+        _ => failed(error),
+    };
     let end = match options.format {
-        Format::Raw => new.file().set_len(size).map(|()| size).map_err(failed)?,
+        Format::Raw => {
+            new.file().set_len(size).map_err(no_length)?;
+            size
+        }
         Format::Qcow2 => {
             let clusters = size.div_ceil(1 << shape.cluster_bits);
             // What there is below it shall be seen.
@@ -268,6 +279,38 @@ pub fn shape_for(options: &CreateOptions, size_bytes: u64) -> Result<Shape, Buil
     .shape()
 }
 
+fn too_large(options: &CreateOptions, size: u64, error: &std::io::Error) -> BuildError {
+    let path = options.path.display();
+    let reason = format!("{path} can't have what a disk of {size} bytes needs: {error}");
+    invalid("size", reason)
+}
+
 fn invalid(field: &str, reason: impl Into<String>) -> BuildError {
     Invalid::new(field, reason).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_that_the_file_system_can_not_count_is_named_and_nothing_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = CreateOptions {
+            size_bytes: Some(1 << 50),
+            ..CreateOptions::new(&folder.path().join("new"), Format::Raw)
+        };
+        let result = create(&options);
+        let plain = std::fs::File::create(folder.path().join("plain")).unwrap();
+        if plain.set_len(1 << 50).is_ok() {
+            eprintln!("SKIPPED: this file system has files of a PiB");
+            return;
+        }
+        let error = result.unwrap_err();
+        assert!(
+            matches!(&error, BuildError::Invalid(wrong) if wrong.field == "size"),
+            "{error}"
+        );
+        assert!(!options.path.exists());
+    }
 }
