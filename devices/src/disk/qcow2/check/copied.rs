@@ -7,7 +7,8 @@ use super::super::entry::{COMPRESSED, COPIED, L1_RESERVED, OFFSET};
 use super::{Checker, Repair, words};
 
 impl Checker<'_, '_> {
-    /// Looks at all of them; with [`Repair::All`] mends them.
+    /// Looks at all of them; with [`Repair::All`] mends them, unless the refcounts are not to be
+    /// trusted.
     pub fn copied(&mut self) -> Result<(), ReadError> {
         if self.table.is_empty() {
             self.read_refcount_table()?;
@@ -26,7 +27,7 @@ impl Checker<'_, '_> {
                     "OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x} \
                      refcount={refcount}"
                 ));
-                if self.repair == Repair::All {
+                if self.mends_copied() {
                     self.before_change()?;
                     let mended = (entry ^ COPIED).to_be_bytes();
                     self.file.write_all_at(&mended, start + index * 8)?;
@@ -34,6 +35,10 @@ impl Checker<'_, '_> {
             }
             self.copied_l2(table, &mut kept)
         })
+    }
+
+    fn mends_copied(&self) -> bool {
+        self.repair == Repair::All && !self.wants_rebuild
     }
 
     fn copied_l2(
@@ -73,7 +78,7 @@ impl Checker<'_, '_> {
             }
         }
         // A table that has another owner too is not the place to write to.
-        if dirty && self.repair == Repair::All && self.refcount(table, kept)? == 1 {
+        if dirty && self.mends_copied() && self.refcount(table, kept)? == 1 {
             self.before_change()?;
             self.file.write_all_at(&bytes, table)?;
         }
