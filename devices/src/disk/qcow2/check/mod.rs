@@ -39,6 +39,11 @@ pub use repair::empty;
 /// images have several windows.
 const WINDOW: u64 = if cfg!(test) { 1 << 10 } else { 4 << 20 };
 
+/// The most windows, and the most L2 tables read, all windows taken together: more than any image
+/// with its clusters side by side has, where a sparse file can have a window for each entry.
+const MAX_WINDOWS: u64 = if cfg!(test) { 1 << 10 } else { 1 << 16 };
+const MAX_TABLES_READ: u64 = if cfg!(test) { 1 << 20 } else { 1 << 31 };
+
 /// What is to be mended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Repair {
@@ -209,6 +214,7 @@ impl<'a, 'l> Checker<'a, 'l> {
         self.touched.insert(0);
         self.count_window(0)?;
         self.first = false;
+        self.bound(self.touched.len() as u64)?;
         let windows: Vec<u64> = self.touched.iter().copied().collect();
         let tables = self.l2_tables.len() as u64;
         let ahead = self.repair != Repair::Nothing && windows.len() > 1 && !self.wants_rebuild;
@@ -229,6 +235,25 @@ impl<'a, 'l> Checker<'a, 'l> {
             self.copied()?;
         }
         (self.listener.progress)(self.work.1, self.work.1);
+        Ok(())
+    }
+
+    /// There is something in these clusters.
+    fn touch(&mut self, first: u64, last: u64) {
+        // Those that are too many already need not be known.
+        if self.touched.len() as u64 <= MAX_WINDOWS {
+            self.touched.extend(first / WINDOW..=last / WINDOW);
+        }
+    }
+
+    /// Whether so many windows can be counted in a time that anybody waits for.
+    fn bound(&self, windows: u64) -> Result<(), ReadError> {
+        let tables = self.l2_tables.len() as u64;
+        if windows > MAX_WINDOWS || windows.saturating_mul(tables) > MAX_TABLES_READ {
+            return Err(too_much(
+                "its clusters are strewn over too large a file to be checked",
+            ));
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use super::super::details::{ReadError, read_exact, read_up_to};
 use super::super::entry::OFFSET;
-use super::{Checker, Repair, WINDOW};
+use super::{Checker, Repair};
 
 const TABLE_RESERVED: u64 = 0x1ff;
 
@@ -83,7 +83,7 @@ impl Checker<'_, '_> {
             let first = index as u64 * self.per_block();
             let end = (first + self.per_block()).min(self.clusters);
             if first < end {
-                self.touched.extend(first / WINDOW..=(end - 1) / WINDOW);
+                self.touch(first, end - 1);
             }
         }
         Ok(())

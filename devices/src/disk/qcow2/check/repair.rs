@@ -70,6 +70,7 @@ impl Checker<'_, '_> {
         if table_clusters * cluster > MAX_TABLE_BYTES {
             return Err(too_much("it is too large for the refcounts it needs"));
         }
+        self.bound(used.div_ceil(WINDOW))?;
         (self.listener.finding)("Rebuilding refcount structure");
         self.without_refcounts = true;
         let total = used + blocks + table_clusters;

@@ -327,9 +327,9 @@ fn a_window_at_a_time_finds_the_same() {
 
 /// An image with clusters of 512 bytes in which the guest's data lies in several windows, and
 /// where in the file its last cluster is.
-fn wide(path: &Path) -> u64 {
+fn wide(path: &Path, size_bytes: u64) -> u64 {
     create::create(&create::CreateOptions {
-        size_bytes: Some(MIB),
+        size_bytes: Some(size_bytes),
         cluster_size: Some(512),
         preallocation: create::Preallocation::Metadata,
         ..create::CreateOptions::new(path, Format::Qcow2)
@@ -337,8 +337,9 @@ fn wide(path: &Path) -> u64 {
     .unwrap();
     let bytes = std::fs::read(path).unwrap();
     let field = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
-    // 32 tables of 64 entries each.
-    let table = field(field(40) + 31 * 8) & super::super::entry::OFFSET;
+    // Each of the tables has 64 entries.
+    let tables = size_bytes / 512 / 64;
+    let table = field(field(40) + (tables - 1) * 8) & super::super::entry::OFFSET;
     field(table + 63 * 8) & super::super::entry::OFFSET
 }
 
@@ -351,7 +352,7 @@ fn refcounts_are_not_written_over_data_of_a_later_window() {
         (Repair::All, true),
     ] {
         let path = folder.path().join(format!("{repair:?}{senseless}.qcow2"));
-        let data = wide(&path);
+        let data = wide(&path, MIB);
         assert!(data / 512 >= WINDOW, "not in the first window");
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.resize(bytes.len().max(data as usize + 512), 0);
@@ -376,6 +377,43 @@ fn refcounts_are_not_written_over_data_of_a_later_window() {
             assert_eq!((report.corruptions, report.leaks), (0, 0), "{lines:?}");
         } else {
             assert!(after == bytes, "{repair:?} {senseless}: changed");
+        }
+    }
+}
+
+#[test]
+fn an_image_strewn_over_too_many_windows_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    // With 512 KiB there are 16 tables, with 64 MiB 2048.
+    for (kib, windows, fits) in [
+        (512, MAX_WINDOWS - 1, true),
+        (512, MAX_WINDOWS, false),
+        (64 << 10, MAX_TABLES_READ / 2048, false),
+    ] {
+        let path = folder.path().join(format!("{kib}-{windows}.qcow2"));
+        wide(&path, kib << 10);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let field = |bytes: &[u8], at: u64| {
+            let word = &bytes[at as usize..][..8];
+            u64::from_be_bytes(word.try_into().unwrap())
+        };
+        let l1 = field(&bytes, 40);
+        for window in 1..=windows {
+            let table = field(&bytes, l1 + (window - 1) / 64 * 8) & super::super::entry::OFFSET;
+            let entry = (table + (window - 1) % 64 * 8) as usize;
+            bytes[entry..entry + 8].copy_from_slice(&(window * WINDOW * 512).to_be_bytes());
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len((windows + 1) * WINDOW * 512).unwrap();
+        let mut listener = Listener {
+            finding: &mut |_| {},
+            progress: &mut |_, _| {},
+        };
+        let result = check(&options(&path), Repair::Nothing, &mut listener);
+        match result {
+            Ok(_) => assert!(fits, "{kib} {windows}"),
+            Err(error) => assert!(!fits && error.to_string().contains("strewn"), "{error}"),
         }
     }
 }

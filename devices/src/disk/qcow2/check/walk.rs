@@ -104,7 +104,7 @@ impl Checker<'_, '_> {
             *count = count.saturating_add(times);
         }
         if self.first {
-            self.touched.extend(first / WINDOW..=last / WINDOW);
+            self.touch(first, last);
         }
     }
 
