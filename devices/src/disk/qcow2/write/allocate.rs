@@ -43,10 +43,16 @@ impl Engine {
     async fn allocate_locked(&self, want: u64) -> io::Result<Run> {
         loop {
             let found = locked(&self.tables).free.find(want.max(1));
-            let Some(run) = found else {
+            let Some(mut run) = found else {
                 self.extend(want.max(1)).await?;
                 continue;
             };
+            run.count = self.unreserved(run);
+            if run.count == 0 {
+                // A table, whatever its refcount says.
+                locked(&self.tables).free.take(run.first, 1);
+                continue;
+            }
             if (run.first + run.count) << self.layout.cluster_bits >= OFFSET_LIMIT {
                 return Err(Errno::FBIG.into());
             }
@@ -67,14 +73,22 @@ impl Engine {
             let (offset, len) = (run.first << bits, taken << bits);
             let page_bytes = self.page_bytes();
             tables.pages.forget(offset, len, page_bytes);
-            for offset in (offset..offset + len).step_by(self.layout.cluster_bytes()) {
-                tables.reserved.remove(&offset);
-            }
             return Ok(Run {
                 count: taken,
                 ..run
             });
         }
+    }
+
+    /// How many of the first clusters of a run hold no metadata.
+    fn unreserved(&self, run: Run) -> u64 {
+        let tables = locked(&self.tables);
+        (run.first..run.first + run.count)
+            .take_while(|cluster| {
+                let offset = cluster << self.layout.cluster_bits;
+                !tables.reserved.contains(&offset)
+            })
+            .count() as u64
     }
 
     /// Clusters that were allocated and never linked are free again.
@@ -308,7 +322,7 @@ impl Engine {
             let blocks: Vec<u64> = (first..=last)
                 .filter(|block| old.get(*block as usize).is_none_or(|entry| *entry == 0))
                 .collect();
-            let entries = (last.max(block) + 1).max(old.len() as u64 * 3 / 2);
+            let entries = with_room(last.max(block) + 1, old.len() as u64);
             let clusters = (entries * 8).div_ceil(cluster);
             if (clusters, blocks.len()) == (table_clusters, missing.len()) {
                 break;
@@ -357,8 +371,7 @@ impl Engine {
         };
         if let Err(error) = switched {
             // Nobody knows which of the two counts.
-            self.lose(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-            return Err(error);
+            return Err(self.lose(&error));
         }
         let mut tables = locked(&self.tables);
         tables.refcounts = table;
@@ -495,6 +508,12 @@ impl Engine {
     }
 }
 
+/// Entries of a refcount table that needs `needed` and has had `old`: some more, where the format
+/// allows it.
+fn with_room(needed: u64, old: u64) -> u64 {
+    needed.max((old * 3 / 2).min(MAX_REFCOUNT_TABLE_BYTES / 8))
+}
+
 /// Whether the host has no room.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
@@ -505,4 +524,19 @@ fn is_unsupported(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refcount_table_grows_as_far_as_the_format_lets_it() {
+        let most = MAX_REFCOUNT_TABLE_BYTES / 8;
+        assert_eq!(with_room(11, 10), 15);
+        assert_eq!(with_room(20, 10), 20);
+        assert_eq!(with_room(most - 9, most - 10), most);
+        assert_eq!(with_room(most, most - 1), most);
+        assert_eq!(with_room(most + 1, most), most + 1);
+    }
 }

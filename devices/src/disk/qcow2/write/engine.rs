@@ -13,6 +13,7 @@ use std::task::{Poll, Waker};
 use rustix::io::Errno;
 
 use super::super::super::buffers::{AlignedBuffer, Buffers};
+use super::super::super::space::is_no_space;
 use super::super::cache::SliceKey;
 use super::super::chain::{Alignment, Chain, Found, Lookup, enclosing};
 use super::super::decompress::Inflated;
@@ -201,19 +202,21 @@ impl Engine {
     /// Has all that was done reach the disk. After an error nothing can be relied upon any more,
     /// unless the page cache is not used: the kernel has kept nothing that it could forget.
     pub async fn sync(&self) -> io::Result<()> {
-        let result = self.host(Do::Sync, 0, 0, Buffers::default()).await;
-        if let Err(error) = &result
-            && self.direct.is_none()
-        {
-            let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
-            self.lose(errno);
+        match self.host(Do::Sync, 0, 0, Buffers::default()).await {
+            Err(error) if self.direct.is_none() => Err(self.lose(&error)),
+            result => result,
         }
-        result
     }
 
-    /// From now on nothing is written any more.
-    pub fn lose(&self, errno: Errno) {
-        locked(&self.tables).lost.get_or_insert(errno);
+    /// From now on nothing is written any more; returns what all requests are told.
+    pub fn lose(&self, error: &io::Error) -> io::Error {
+        let errno = match Errno::from_io_error(error) {
+            // Not for want of space: that would mean that it could be tried again.
+            Some(errno) if !is_no_space(errno) => errno,
+            _ => Errno::IO,
+        };
+        let lost = *locked(&self.tables).lost.get_or_insert(errno);
+        lost.into()
     }
 
     /// Whether the image may still be written to.
@@ -282,7 +285,7 @@ impl Engine {
     /// The metadata contradicts itself: the image is marked, and not written to any more.
     pub async fn corrupt_locked(&self, what: &str, position: u64) -> io::Error {
         self.log_corruption(what, position);
-        self.lose(Errno::IO);
+        let error = self.lose(&Errno::IO.into());
         if self.layout.version > 2 {
             let header = self.patch_header(|header| {
                 header[INCOMPATIBLE + 7] |= CORRUPT as u8;
@@ -291,7 +294,7 @@ impl Engine {
             let _ = self.write_header(header).await;
             let _ = self.sync().await;
         }
-        Errno::IO.into()
+        error
     }
 
     /// Said once: the guest may ask again and again.

@@ -180,6 +180,12 @@ impl Engine {
         let _ = tickets.wait().await;
         let mut tables = locked(&self.tables);
         for run in runs {
+            for cluster in run.first..run.first + run.count {
+                // It may have been a table.
+                tables
+                    .reserved
+                    .remove(&(cluster << self.layout.cluster_bits));
+            }
             tables.free.insert(run);
         }
     }

@@ -264,12 +264,21 @@ fn find_end(
         }
     }
     let file_end = layer.file_bytes.div_ceil(1 << bits);
+    // Whatever their refcounts say.
+    let metadata = tables.reserved.iter().max();
+    let metadata = metadata.map_or(0, |offset| (offset >> bits) + 1);
     let limit = OFFSET_LIMIT >> bits;
     let used = match used {
         Some(used) if used <= limit => used,
         _ => return Err(refused(path, "its refcounts say that nothing is in use")),
     };
+    if metadata > file_end.max(used) {
+        let offset = (metadata - 1) << bits;
+        let reason = format!("it has a table at {offset:#x}, beyond the end of the file");
+        return Err(refused(path, reason));
+    }
     tables.end = file_end.max(used) << bits;
+    let used = used.max(metadata);
     tables.free.insert(Run {
         first: used,
         count: file_end.saturating_sub(used),

@@ -290,3 +290,27 @@ fn a_full_host_is_told_and_what_was_refused_succeeds_when_there_is_room() {
         driver.compare(&content);
     }
 }
+
+#[test]
+fn a_sync_that_fails_for_want_of_room_is_no_reason_to_try_again() {
+    for errno in [Errno::NOSPC, Errno::DQUOT] {
+        let Some(setup) = Setup::new("cluster_size=64k", false, false, 4 * MIB) else {
+            return;
+        };
+        let (mut driver, shared) = setup.driver(3);
+        driver.push(0, Operation::Write { durable: false }, 0, 8);
+        driver.finish();
+        assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+        shared.lock().unwrap().no_sync = Some(errno);
+        driver.flush();
+        // What the page cache has forgotten does not come back with the room.
+        shared.lock().unwrap().no_sync = None;
+        driver.flush();
+        driver.push(0, Operation::Write { durable: false }, 8, 8);
+        driver.finish();
+        driver.flush();
+        assert!(driver.queue.is_lost());
+        let codes: Vec<_> = driver.errors.iter().map(io::Error::raw_os_error).collect();
+        assert_eq!(codes, [Some(libc::EIO); 4]);
+    }
+}

@@ -114,6 +114,33 @@ fn an_entry_that_leads_to_metadata_marks_the_image_as_corrupt() {
 }
 
 #[test]
+fn a_table_whose_refcount_is_zero_is_not_taken_for_free_space() {
+    let Some(folder) = qemu::folder() else { return };
+    for operation in [Operation::Discard, Operation::Write { durable: false }] {
+        let path = qemu::create(folder.path(), "a.qcow2", "", 4 * MIB);
+        let l1 = word(&path, 40);
+        let block = word(&path, word(&path, 48));
+        let size = std::fs::metadata(&path).unwrap().len();
+        assert!(l1 + 0x1_0000 >= size, "it is the last");
+        patch(&path, (block + (l1 >> 16) * 2) as usize, &[0; 2]);
+        let mut driver = open(&path);
+        driver.push(0, operation, 0, 128);
+        driver.finish();
+        driver.flush();
+        driver.queue.close().unwrap();
+        assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+        drop(driver);
+        assert!(std::fs::metadata(&path).unwrap().len() > l1);
+        if operation != Operation::Discard {
+            let l2 = word(&path, l1) & 0x00ff_ffff_ffff_fe00;
+            let data = word(&path, l2) & 0x00ff_ffff_ffff_fe00;
+            assert!(l2 > l1 && data > l1, "{l2:#x} {data:#x}");
+            assert_eq!(word(&path, data + 512), word(&path, data + 1016));
+        }
+    }
+}
+
+#[test]
 fn whatever_an_image_holds_writing_never_panics() {
     let Some(folder) = qemu::folder() else { return };
     let path = folder.path().join("hostile.qcow2");

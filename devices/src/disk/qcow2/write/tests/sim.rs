@@ -35,6 +35,8 @@ pub struct Host {
     pub changes: u64,
     /// Which of them fails, and how; counted from 0.
     pub fail: Option<(u64, Errno)>,
+    /// Every sync fails, and how.
+    pub no_sync: Option<Errno>,
     /// The file can't become longer than this.
     pub room: usize,
     begun: BTreeMap<usize, (u64, bool)>,
@@ -56,6 +58,7 @@ pub fn host(path: &Path, below: &[&Path], seed: u64) -> Shared {
         random: Random(seed),
         changes: 0,
         fail: None,
+        no_sync: None,
         room: usize::MAX,
         begun: BTreeMap::new(),
         backing: below.iter().map(|p| std::fs::read(p).unwrap()).collect(),
@@ -180,6 +183,9 @@ impl Simulation for Player {
                 Ok(len)
             }
             Kind::Sync => {
+                if let Some(errno) = host.no_sync {
+                    return Err(errno);
+                }
                 note(Change::Sync);
                 Ok(0)
             }
