@@ -101,7 +101,10 @@ impl Writable {
             loading: HashMap::new(),
             flushes: (0, 0),
         };
-        reserve(&mut tables, &layout, header);
+        if let Err(offset) = reserve(&mut tables, &layout, header) {
+            let reason = format!("it has more than one table at {offset:#x}");
+            return Err(refused(path, reason));
+        }
         find_end(&mut tables, &layout, widths, layer, path)?;
         Ok(Self {
             layout,
@@ -209,8 +212,9 @@ fn words(bytes: &[u8]) -> Vec<u64> {
     words.iter().copied().map(u64::from_be_bytes).collect()
 }
 
-/// Notes which clusters hold metadata.
-fn reserve(tables: &mut Tables, layout: &Layout, header: &Header) {
+/// Notes which clusters hold metadata. Fails with the offset of one that holds two tables: to change
+/// one of them would change the other.
+fn reserve(tables: &mut Tables, layout: &Layout, header: &Header) -> Result<(), u64> {
     let cluster = layout.cluster_bytes() as u64;
     let l1_bytes = tables.l1.len() as u64 * 8;
     let refcount_bytes = tables.refcounts.len() as u64 * 8;
@@ -218,19 +222,25 @@ fn reserve(tables: &mut Tables, layout: &Layout, header: &Header) {
         (0, cluster),
         (tables.l1_offset, l1_bytes),
         (tables.refcounts_offset, refcount_bytes),
-        (header.writing.snapshots_offset, 1),
+        (
+            header.writing.snapshots_offset,
+            u64::from(header.writing.snapshots_offset != 0),
+        ),
     ];
-    for (start, len) in areas {
-        let clusters = (start..start + len).step_by(cluster as usize);
-        tables.reserved.extend(clusters);
-    }
+    let areas = areas
+        .into_iter()
+        .flat_map(|(start, len)| (start..start + len).step_by(cluster as usize));
     let blocks = tables.refcounts.iter().copied().filter(|entry| *entry != 0);
-    tables.reserved.extend(blocks);
     let l2 = tables
         .l1
         .iter()
         .filter_map(|entry| layout.l2_table(*entry).ok()?);
-    tables.reserved.extend(l2);
+    for offset in areas.chain(blocks).chain(l2) {
+        if !tables.reserved.insert(offset) {
+            return Err(offset);
+        }
+    }
+    Ok(())
 }
 
 /// Finds the end of the file, and what is free before it.

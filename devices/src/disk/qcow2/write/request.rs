@@ -11,6 +11,8 @@
 use std::io;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::super::super::Operation;
 use super::super::super::buffers::{AlignedBuffer, Buffers};
 use super::super::chain::Found;
@@ -321,11 +323,12 @@ impl Engine {
     ) -> io::Result<()> {
         let linked = self
             .change_page(position, |tables, offset, place| {
+                // Also where one of them turns out to be corrupt after others have changed.
+                tables.barrier = true;
                 for number in 0..count {
                     let index = place.entry + number as usize;
                     self.set_entry(tables, offset, index, |old| entry(number, old))?;
                 }
-                tables.barrier = true;
                 Ok(())
             })
             .await?;
@@ -348,6 +351,16 @@ impl Engine {
         let new = change(&old);
         if new == old {
             return Ok(());
+        }
+        let left = match old.host {
+            Host::None => None,
+            Host::Owned(host) | Host::Shared(host) => Some((host, self.cluster_bytes())),
+            Host::Compressed(compressed) => Some((compressed.offset, compressed.len as u64)),
+        };
+        if left.is_some_and(|(offset, len)| self.is_reserved(tables, offset, len)) {
+            // It would be given away. At once, so that no flush writes the half of it.
+            tables.lost.get_or_insert(Errno::IO);
+            return Err(Corrupt);
         }
         let page = tables.pages.change(offset).ok_or(Corrupt)?;
         new.write(&self.layout, page, index);

@@ -114,6 +114,98 @@ fn an_entry_that_leads_to_metadata_marks_the_image_as_corrupt() {
 }
 
 #[test]
+fn an_entry_that_gives_up_metadata_marks_the_image_as_corrupt() {
+    let Some(folder) = qemu::folder() else { return };
+    let base = qemu::create(folder.path(), "a.qcow2", "", 4 * MIB);
+    qemu::io(&base, &["write -P 1 0 128k".into()]);
+    let good = std::fs::read(&base).unwrap();
+    let (l1, table) = (word(&base, 40), word(&base, 48));
+    let l2 = word(&base, l1) & 0x00ff_ffff_ffff_fe00;
+    let block = word(&base, table);
+    let owned = 1_u64 << 63;
+    // The first is compressed data in the header's cluster.
+    let mut entries = vec![1 << 62 | 512];
+    for target in [l1, table, block, l2] {
+        entries.extend([target, target | owned]);
+    }
+    let write = Operation::Write { durable: false };
+    let ways = [
+        (Operation::Discard, 0),
+        (Operation::Discard, 1),
+        (write, 0),
+        (write, 1),
+    ];
+    // Of the entry that is given up: alone, or as the second of two.
+    for (entry, (operation, index)) in entries
+        .iter()
+        .flat_map(|entry| ways.map(|way| (*entry, way)))
+    {
+        std::fs::write(&base, &good).unwrap();
+        patch(&base, l2 as usize + index * 8, &entry.to_be_bytes());
+        if index == 1 && operation == write {
+            // So that both go to a new place.
+            patch(&base, l2 as usize, &[0; 8]);
+        }
+        let before = std::fs::read(&base).unwrap();
+        let mut driver = open(&base);
+        driver.push(0, operation, 0, 256);
+        driver.finish();
+        driver.flush();
+        driver.push(0, write, 2000, 128);
+        driver.finish();
+        driver.flush();
+        driver.queue.close().unwrap();
+        let codes: Vec<_> = driver.errors.iter().map(io::Error::raw_os_error).collect();
+        let what = format!("{operation:?} of {entry:#x} at {index}");
+        assert_eq!(codes, [Some(libc::EIO); 4], "{what}");
+        drop(driver);
+        let after = std::fs::read(&base).unwrap();
+        assert_eq!(after[..4], *b"QFI\xfb", "{what}");
+        assert_eq!(after[79], 2, "{what}: the corrupt bit");
+        assert!(after[80..0x1_0000] == before[80..0x1_0000], "{what}");
+        for place in [l1, table, block, l2] {
+            let place = place as usize..place as usize + 0x1_0000;
+            let same = after.get(place.clone()) == before.get(place.clone());
+            assert!(same, "{what}: {place:x?} has changed");
+        }
+    }
+}
+
+#[test]
+fn two_tables_at_one_place_are_not_written_to() {
+    let Some(folder) = qemu::folder() else { return };
+    let base = qemu::create(folder.path(), "a.qcow2", "cluster_size=4k", 4 * MIB);
+    qemu::io(
+        &base,
+        &["write -P 1 0 4k".into(), "write -P 1 2M 4k".into()],
+    );
+    let good = std::fs::read(&base).unwrap();
+    let (l1, table) = (word(&base, 40), word(&base, 48));
+    let block = word(&base, table);
+    let l2 = word(&base, l1) & 0x00ff_ffff_ffff_fe00;
+    let mut changes = vec![(table + 8, block), (table + 8, l1), (40, table)];
+    for target in [l1, table, block, l2] {
+        changes.extend([(l1 + 8, target), (l1 + 8, target | 1 << 63)]);
+    }
+    for (place, target) in changes {
+        std::fs::write(&base, &good).unwrap();
+        patch(&base, place as usize, &target.to_be_bytes());
+        let said = refusal(&base);
+        let offset = format!("{:#x}", target & !(1 << 63));
+        assert!(said.contains(&offset), "{place:#x} {target:#x}: {said}");
+        assert!(said.contains("more than one"), "{said}");
+    }
+    // Where a later allocation could put anything.
+    std::fs::write(&base, &good).unwrap();
+    let beyond = (good.len() as u64).next_multiple_of(4096) + MIB;
+    patch(&base, l1 as usize + 8, &(beyond | 1 << 63).to_be_bytes());
+    let said = refusal(&base);
+    assert!(said.contains("beyond the end"), "{said}");
+    std::fs::write(&base, &good).unwrap();
+    drop(writable(&options(&base, false, true)));
+}
+
+#[test]
 fn a_table_whose_refcount_is_zero_is_not_taken_for_free_space() {
     let Some(folder) = qemu::folder() else { return };
     for operation in [Operation::Discard, Operation::Write { durable: false }] {
