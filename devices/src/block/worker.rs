@@ -142,6 +142,10 @@ pub struct QueueHandler {
     timer: Timer,
     /// When to try again what is held.
     retry: Timer,
+    /// When that timer runs out, from when it was set until its end is heard of.
+    retry_due: Option<Instant>,
+    /// It is to run out for [`Active::again`], not for what is held.
+    going_on: bool,
     /// Rung to have that tried at once.
     retry_now: Arc<EventFd>,
     parser: Parser,
@@ -170,6 +174,8 @@ impl QueueHandler {
         Ok(Self {
             timer: Timer::new()?,
             retry: Timer::new()?,
+            retry_due: None,
+            going_on: false,
             retry_now,
             common,
             counters,
@@ -479,11 +485,43 @@ impl QueueHandler {
         let hold = &self.common.hold;
         hold.failed(pending.length, error, again);
         active.held.push(Held { pending, buffers });
-        if let Err(error) = self.retry.set(hold.next_try(since, now)) {
+        let wait = hold.next_try(since, now);
+        self.arm_to_try_again(wait);
+        None
+    }
+
+    /// Sets the timer, unless it runs out before that: whoever fails now must not put off what
+    /// failed earlier.
+    fn arm(&mut self, wait: Duration) -> std::io::Result<()> {
+        let due = Instant::now() + wait;
+        if self.retry_due.is_none_or(|earlier| due < earlier) {
+            self.retry.set(wait)?;
+            self.retry_due = Some(due);
+        }
+        Ok(())
+    }
+
+    fn arm_to_try_again(&mut self, wait: Duration) {
+        if let Err(error) = self.arm(wait) {
             // There is still the client.
             tracing::error!(%error, "setting the timer to try again");
         }
-        None
+    }
+
+    /// Sees to it that what is held is tried again, where the timer ran out for something else.
+    fn rearm(&mut self) {
+        if self.retry_due.is_some() {
+            return;
+        }
+        // While some are still to be tried, the rest waits for the end of that.
+        let Some(active) = self.active.as_ref().filter(|a| a.again.is_empty()) else {
+            return;
+        };
+        let since = active.held.iter().filter_map(|h| h.pending.held_since);
+        if let Some(oldest) = since.min() {
+            let wait = self.common.hold.next_try(oldest, Instant::now());
+            self.arm_to_try_again(wait);
+        }
     }
 
     /// Tries again all that is held.
@@ -504,7 +542,8 @@ impl QueueHandler {
         {
             if self.taken >= MAX_IN_FLIGHT {
                 // Listen to orders first.
-                let set = self.retry.set(Duration::ZERO);
+                self.going_on = true;
+                let set = self.arm(Duration::ZERO);
                 return set.map_err(|e| WorkerError::new("setting the timer to go on", e));
             }
             while let Some(active) = &mut self.active
@@ -525,7 +564,11 @@ impl QueueHandler {
     /// After something was completed: what waited for that.
     fn go_on(&mut self) -> Result<(), WorkerError> {
         self.go_on_with_held()?;
-        if self.starved { self.serve() } else { Ok(()) }
+        if self.starved {
+            self.serve()?;
+        }
+        self.rearm();
+        Ok(())
     }
 
     /// Writes the status byte and gives the chain back, with `written` bytes of data in it.
@@ -629,7 +672,10 @@ impl Handler for QueueHandler {
             }
             Source::Descriptor(1) => {
                 self.retry.acknowledge();
-                if self.active.as_ref().is_some_and(|a| a.again.is_empty()) {
+                self.retry_due = None;
+                let going_on = std::mem::take(&mut self.going_on);
+                let active = self.active.as_ref();
+                if !going_on && active.is_some_and(|a| a.again.is_empty()) {
                     self.retry()?;
                 } else {
                     self.taken = 0;
@@ -669,7 +715,9 @@ impl Handler for QueueHandler {
         }
         self.common.hold.vm_resumed();
         self.retry()?;
-        self.serve()
+        self.serve()?;
+        self.rearm();
+        Ok(())
     }
 
     fn reset(&mut self) {
@@ -691,5 +739,7 @@ impl Handler for QueueHandler {
             }
         }
         self.starved = false;
+        self.retry_due = None;
+        self.going_on = false;
     }
 }

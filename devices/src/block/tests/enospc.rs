@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::super::worker::MAX_IN_FLIGHT;
 use super::driver::BUFFERS;
 use super::{Disk, IOERR, OK, SIZE, Setup, setups};
 use crate::disk::qcow2::tests::qemu;
@@ -60,6 +61,15 @@ impl Small {
     fn make_space(&self) {
         fs::remove_file(self.path("filler")).unwrap();
     }
+
+    /// Makes it a larger one.
+    fn enlarge(&self) {
+        let mounted = Command::new("mount")
+            .args(["-o", "remount,size=64m"])
+            .arg(self.0.path())
+            .status();
+        assert!(mounted.unwrap().success());
+    }
 }
 
 impl Drop for Small {
@@ -71,13 +81,19 @@ impl Drop for Small {
 impl Disk {
     /// Offers a write of [`CHUNK`] bytes of `fill` at `offset`, and rings.
     fn begin_write(&mut self, slot: u64, offset: u64, fill: u8) -> u16 {
-        let (header, data) = (BUFFERS + slot * 0x200, BUFFERS + 0x2_0000 + slot * CHUNK);
+        let data = BUFFERS + 0x2_0000 + slot * CHUNK;
+        self.driver.poke(data, &vec![fill; CHUNK as usize]);
+        self.begin_write_of(slot, offset, data, CHUNK as u32)
+    }
+
+    /// The same, of what lies at `data`.
+    fn begin_write_of(&mut self, slot: u64, offset: u64, data: u64, len: u32) -> u16 {
+        let header = BUFFERS + slot * 0x200;
         self.header(header, 1, offset / 512);
         self.driver.poke(header + 0x100, &[0xee]);
-        self.driver.poke(data, &vec![fill; CHUNK as usize]);
         let pieces = [
             (header, 16, false),
-            (data, CHUNK as u32, false),
+            (data, len, false),
             (header + 0x100, 1, true),
         ];
         let head = self.driver.chain(&pieces);
@@ -240,6 +256,33 @@ fn a_queue_full_of_held_writes_holds_no_more_and_loses_none() {
             );
         }
         assert_eq!(*disk.driver.signals.needs_reset.lock().unwrap(), 0);
+    }
+}
+
+#[test]
+fn what_fails_again_while_the_rest_of_very_much_succeeds_is_not_forgotten() {
+    for sync in [true, false] {
+        let setup = Setup { sync, ..plain() };
+        let Some((small, mut disk)) = full_disk(setup, json!({})) else {
+            return;
+        };
+        // As much as is tried at a time, of which none will fit; and one that will.
+        let large = MAX_IN_FLIGHT / SIZE;
+        for slot in 1..=large {
+            disk.begin_write_of(slot, 0, BUFFERS + MIB, SIZE as u32);
+        }
+        let last = disk.begin_write(large + 1, CHUNK, 5);
+        disk.wait_held(large + 1);
+        small.make_space();
+        assert_eq!(disk.driver.wait_used().0, last);
+        assert_eq!(disk.block.hold.held(), (large, large * SIZE));
+        // Nobody asks for it.
+        small.enlarge();
+        for _ in 0..large {
+            disk.driver.wait_used();
+        }
+        assert!((1..=large + 1).all(|slot| disk.status(slot) == OK));
+        disk.wait_held(0);
     }
 }
 
@@ -419,11 +462,7 @@ fn a_thin_image_that_lacks_space_waits_and_is_sound_after_that() {
         let (held, _) = disk.block.hold.held();
         assert!(held > 0, "{setup:?}: {done} chunks do not fit into one MiB");
         assert!(disk.io_errors().is_empty(), "{setup:?}");
-        let mounted = Command::new("mount")
-            .args(["-o", "remount,size=64m"])
-            .arg(small.0.path())
-            .status();
-        assert!(mounted.unwrap().success());
+        small.enlarge();
         disk.block.retry_held();
         disk.driver.wait_used();
         assert_eq!(disk.status(0), OK);

@@ -1,10 +1,11 @@
 //! How much a queue takes upon itself at a time: the handler by itself, over an engine of our own.
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::config::DetectZeroes;
 use super::super::counters::QueueCounters;
@@ -19,12 +20,19 @@ use crate::worker::{Handler, Source};
 
 const REQUEST: u64 = 8 << 20;
 
+/// The handler's descriptors.
+const TRY_AGAIN: Source = Source::Descriptor(1);
+const TRY_NOW: Source = Source::Descriptor(2);
+const COMPLETION: Source = Source::Descriptor(3);
+
 /// Does nothing, and counts. With a descriptor it holds what it gets until it is waited for.
 struct Engine {
     descriptor: Option<RawFd>,
     held: Vec<Completion>,
     pushed: Arc<AtomicU64>,
-    given: usize,
+    given: Arc<AtomicUsize>,
+    /// There is no space for anything.
+    full: Arc<AtomicBool>,
 }
 
 impl Queue for Engine {
@@ -32,7 +40,10 @@ impl Queue for Engine {
         self.pushed.fetch_add(request.length, Ordering::SeqCst);
         self.held.push(Completion {
             tag: request.tag,
-            result: Ok(()),
+            result: match self.full.load(Ordering::SeqCst) {
+                true => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
+                false => Ok(()),
+            },
             buffers: request.buffers,
         });
     }
@@ -42,7 +53,7 @@ impl Queue for Engine {
     fn poll(&mut self, completed: &mut Vec<Completion>) -> std::io::Result<()> {
         let ready = match self.descriptor {
             None => self.held.len(),
-            Some(_) => std::mem::take(&mut self.given).min(self.held.len()),
+            Some(_) => self.given.swap(0, Ordering::SeqCst).min(self.held.len()),
         };
         completed.extend(self.held.drain(..ready));
         Ok(())
@@ -59,21 +70,30 @@ impl Queue for Engine {
     }
     /// One request is done per completion event.
     fn acknowledge(&mut self) {
-        self.given = 1;
+        self.given.store(1, Ordering::SeqCst);
     }
     fn syscalls(&self) -> &'static [Allow] {
         &[]
     }
 }
 
-fn handler(descriptor: Option<RawFd>) -> (QueueHandler, Arc<AtomicU64>) {
-    let pushed = Arc::new(AtomicU64::new(0));
-    let engine = Engine {
+fn engine(descriptor: Option<RawFd>) -> Engine {
+    Engine {
         descriptor,
         held: Vec::new(),
-        pushed: pushed.clone(),
-        given: 0,
-    };
+        pushed: Arc::default(),
+        given: Arc::default(),
+        full: Arc::default(),
+    }
+}
+
+fn handler(descriptor: Option<RawFd>) -> (QueueHandler, Arc<AtomicU64>) {
+    let engine = engine(descriptor);
+    let pushed = engine.pushed.clone();
+    (handler_over(engine), pushed)
+}
+
+fn handler_over(engine: Engine) -> QueueHandler {
     let common = Common {
         shared: Arc::new(Shared::new(&Offer {
             size_bytes: 1 << 40,
@@ -99,26 +119,39 @@ fn handler(descriptor: Option<RawFd>) -> (QueueHandler, Arc<AtomicU64>) {
         )),
         detect_zeroes: DetectZeroes::Off,
     };
-    let retry_now = Arc::new(EventFd::new(0).unwrap());
+    let retry_now = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     let counters = Arc::new(QueueCounters::default());
-    let handler = QueueHandler::new(common, counters, Box::new(engine), retry_now).unwrap();
-    (handler, pushed)
+    QueueHandler::new(common, counters, Box::new(engine), retry_now).unwrap()
+}
+
+/// Whether the timer to try again has run out, or does within a minute if we are `patient`.
+fn is_due(handler: &QueueHandler, patient: bool) -> bool {
+    let epoll = Epoll::new().unwrap();
+    let timer = handler.descriptors()[1];
+    let event = EpollEvent::new(EventSet::IN, 0);
+    epoll.ctl(ControlOperation::Add, timer, event).unwrap();
+    let timeout = if patient { 60_000 } else { 0 };
+    epoll.wait(timeout, &mut [EpollEvent::default()]).unwrap() == 1
 }
 
 /// A driver with 40 reads of [`REQUEST`] bytes on offer.
 fn greedy_driver() -> Driver {
     let mut driver = Driver::new(memory(), 0, 128, true);
-    for i in 0..40_u64 {
-        let base = BUFFERS + i * 0x100;
-        driver.poke(base, &[0; 16]);
-        let head = driver.chain(&[
-            (base, 16, false),
-            (0x40_0000, REQUEST as u32, true),
-            (base + 0x80, 1, true),
-        ]);
-        driver.offer(head);
-    }
+    (0..40).for_each(|i| offer(&mut driver, i, false));
     driver
+}
+
+/// Offers the `i`-th request, of [`REQUEST`] bytes.
+fn offer(driver: &mut Driver, i: u64, write: bool) {
+    let base = BUFFERS + i * 0x100;
+    driver.poke(base, &[0; 16]);
+    driver.poke(base, &[u8::from(write)]);
+    let head = driver.chain(&[
+        (base, 16, false),
+        (0x40_0000, REQUEST as u32, !write),
+        (base + 0x80, 1, true),
+    ]);
+    driver.offer(head);
 }
 
 fn activation(driver: &Driver) -> Activation {
@@ -157,9 +190,60 @@ fn what_is_in_flight_is_little_enough_to_wait_for() {
         let taken = pushed.load(Ordering::SeqCst);
         let in_flight = taken - done * REQUEST;
         assert!(in_flight > 0 && in_flight < MAX_IN_FLIGHT + REQUEST);
-        handler.ready(Source::Descriptor(3)).unwrap();
+        handler.ready(COMPLETION).unwrap();
         assert_eq!(std::iter::from_fn(|| driver.try_used()).count(), 1);
     }
     assert_eq!(pushed.load(Ordering::SeqCst), 40 * REQUEST);
     assert!(!driver.rung(), "nothing was left to come back for");
+}
+
+#[test]
+fn a_write_that_lacks_space_does_not_put_off_what_lacked_it_earlier() {
+    let engine = engine(None);
+    engine.full.store(true, Ordering::SeqCst);
+    let (full, pushed) = (engine.full.clone(), engine.pushed.clone());
+    let mut handler = handler_over(engine);
+    let mut driver = Driver::new(memory(), 0, 128, true);
+    offer(&mut driver, 0, true);
+    handler.activate(activation(&driver)).unwrap();
+    for i in 1..4 {
+        assert!(is_due(&handler, true), "it is tried again");
+        offer(&mut driver, i, true);
+        handler.ready(Source::Queue(0)).unwrap();
+        assert!(is_due(&handler, false), "still, whatever else has failed");
+        pushed.store(0, Ordering::SeqCst);
+        handler.ready(TRY_AGAIN).unwrap();
+        assert_eq!(pushed.load(Ordering::SeqCst), (i + 1) * REQUEST);
+    }
+    full.store(false, Ordering::SeqCst);
+    assert!(is_due(&handler, true));
+    handler.ready(TRY_AGAIN).unwrap();
+    assert_eq!(std::iter::from_fn(|| driver.try_used()).count(), 4);
+}
+
+#[test]
+fn going_on_with_what_is_tried_again_does_not_try_all_of_it_anew() {
+    let engine = engine(Some(0));
+    engine.full.store(true, Ordering::SeqCst);
+    let (given, pushed) = (engine.given.clone(), engine.pushed.clone());
+    let mut handler = handler_over(engine);
+    let mut driver = Driver::new(memory(), 0, 128, true);
+    (0..10).for_each(|i| offer(&mut driver, i, true));
+    handler.activate(activation(&driver)).unwrap();
+    (0..10).for_each(|_| handler.ready(COMPLETION).unwrap());
+    pushed.store(0, Ordering::SeqCst);
+    // One completion comes so early that there is room for more, but not before it has listened.
+    given.store(1, Ordering::SeqCst);
+    handler.ready(TRY_NOW).unwrap();
+    assert_eq!(pushed.load(Ordering::SeqCst), MAX_IN_FLIGHT);
+    // The others come before the timer is heard of.
+    (1..10).for_each(|_| handler.ready(COMPLETION).unwrap());
+    assert_eq!(pushed.swap(0, Ordering::SeqCst), 10 * REQUEST);
+    assert!(is_due(&handler, true));
+    handler.ready(TRY_AGAIN).unwrap();
+    assert_eq!(pushed.load(Ordering::SeqCst), 0, "that was a moment ago");
+    // And yet nothing is forgotten.
+    assert!(is_due(&handler, true));
+    handler.ready(TRY_AGAIN).unwrap();
+    assert_eq!(pushed.load(Ordering::SeqCst), MAX_IN_FLIGHT);
 }
