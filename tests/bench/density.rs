@@ -7,11 +7,12 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Options;
 use crate::support::agent::{Agent, READY};
@@ -31,6 +32,8 @@ const FIRST: usize = 10;
 const MORE: usize = 3;
 /// How long they run together before more join them: each has a burst.
 const SETTLE: Duration = Duration::from_secs(45);
+/// How many processes are killed.
+const KILLS: usize = 12;
 /// A guest that has done no burst for so long does not keep up any more.
 const STARVED: Duration = Duration::from_secs(240);
 
@@ -90,7 +93,11 @@ pub fn measure(options: &Options) {
     println!("|---|---|---|---|---|");
     for policy in [Policy::Off, Policy::Auto, Policy::Reporting] {
         for bursts in [Bursts::Staggered, Bursts::Coincident] {
-            println!("{}", Host::new(options, policy, bursts).fill());
+            let (well, line) = Host::new(options, policy, bursts).fill();
+            println!("{line}");
+            if policy == Policy::Auto {
+                println!("{}", Host::new(options, policy, bursts).with_kills(well));
+            }
         }
     }
 }
@@ -107,8 +114,9 @@ impl<'a> Host<'a> {
         }
     }
 
-    /// Starts guests until something breaks or there are as many as `--runs` says.
-    fn fill(mut self) -> String {
+    /// Starts guests until something breaks or there are as many as `--runs` says; how many ran
+    /// well, and the table's line.
+    fn fill(mut self) -> (usize, String) {
         let (mut well, mut pace) = (0, 0.0);
         let ended = loop {
             if self.guests.len() >= self.options.runs {
@@ -142,12 +150,62 @@ impl<'a> Host<'a> {
                 available() / MIB
             );
         };
-        format!(
+        let line = format!(
             "| {:?} | {:?} | {well} | {pace:.1} | {ended}, with {} |",
             self.bursts,
             self.policy,
             self.guests.len()
+        );
+        (well, line)
+    }
+
+    /// Runs `count` guests, of which one after another is killed at a random moment and replaced;
+    /// the table's line. Whoever lives must not suffer from it, and nothing may stay in the ledger.
+    fn with_kills(mut self, count: usize) -> String {
+        let mut kills = 0;
+        let ended = (0..count)
+            .try_for_each(|_| self.start_guest())
+            .and_then(|()| {
+                let before = (Instant::now(), self.told().bursts);
+                for _ in 0..KILLS {
+                    let wait = Duration::from_millis(u64::from(random()) % 5000);
+                    let trouble = within(wait, || {
+                        thread::sleep(Duration::from_millis(200));
+                        self.trouble()
+                    });
+                    if let Some(trouble) = trouble {
+                        return Err(trouble);
+                    }
+                    let victim = self.guests.remove(random() as usize % self.guests.len());
+                    victim.ballast.signal(Signal::KILL);
+                    drop(victim);
+                    kills += 1;
+                    self.start_guest()?;
+                }
+                let minutes = before.0.elapsed().as_secs_f64() / 60.0;
+                let done = self.told().bursts.saturating_sub(before.1);
+                let living = self.living_records();
+                Ok((done as f64 / minutes, living))
+            });
+        let (pace, ended) = match ended {
+            Ok((pace, living)) => (pace, format!("nothing; the ledger has {living} VMs")),
+            Err(trouble) => (0.0, trouble),
+        };
+        format!(
+            "| {:?} | {:?}, {kills} killed at random | {count} | {pace:.1} | {ended} |",
+            self.bursts, self.policy
         )
+    }
+
+    /// VMs that the ledger tells of.
+    fn living_records(&self) -> usize {
+        let output = Command::new(&self.options.ballast)
+            .args(["host", "overcommit", "--json", "--ledger"])
+            .arg(self.ledger.path())
+            .output()
+            .expect("ballast host overcommit");
+        let overview: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        overview["vms"].as_array().map_or(0, Vec::len)
     }
 
     fn start_guest(&mut self) -> Result<(), String> {
@@ -289,6 +347,13 @@ fn host_kills() -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
     line.and_then(|count| count.trim().parse().ok())
         .unwrap_or(0)
+}
+
+fn random() -> u32 {
+    let mut bytes = [0; 4];
+    // A machine without randomness kills the first one always.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    u32::from_ne_bytes(bytes)
 }
 
 /// Bytes of the host's memory that are available.
