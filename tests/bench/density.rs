@@ -91,8 +91,8 @@ pub fn measure(options: &Options) {
         "| bursts | policy | guests that ran well | bursts each minute then | what ended it |"
     );
     println!("|---|---|---|---|---|");
-    for policy in [Policy::Off, Policy::Auto, Policy::Reporting] {
-        for bursts in [Bursts::Staggered, Bursts::Coincident] {
+    for bursts in [Bursts::Staggered, Bursts::Coincident] {
+        for policy in [Policy::Off, Policy::Auto, Policy::Reporting] {
             let (well, line) = Host::new(options, policy, bursts).fill();
             println!("{line}");
             if policy == Policy::Auto {

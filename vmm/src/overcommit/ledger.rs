@@ -118,13 +118,6 @@ impl Ledger {
         let host = Host::default();
         let directory = Directory::open(path).map_err(|e| fail("", &e))?;
         limits(&directory).map_err(|reason| fail("", &reason))?;
-        if directory.others_may_open().map_err(|e| fail("", &e))? {
-            tracing::warn!(
-                directory = %path.display(),
-                "whoever can open the overcommit ledger can hold its locks: \
-                 its mode should be 0700, or 0770 with a group"
-            );
-        }
         let record = Record {
             pid: std::process::id(),
             start_time: host::start_time().unwrap_or_default(),
@@ -142,6 +135,13 @@ impl Ledger {
         let file = directory
             .make(&locked, &name, &record)
             .map_err(|e| fail("making a record in it: ", &e))?;
+        if directory.others_may_open().map_err(|e| fail("", &e))? {
+            tracing::warn!(
+                directory = %path.display(),
+                "whoever can open the overcommit ledger can hold its locks: \
+                 its mode should be 0700, or 0770 with a group"
+            );
+        }
         clean(&directory, &locked, &snapshot, &events);
         drop(locked);
         Ok(Self {
