@@ -22,5 +22,6 @@ mod pause;
 mod power;
 mod reset;
 mod serial;
+mod thin;
 mod userland;
 mod vm;
