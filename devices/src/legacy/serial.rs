@@ -17,8 +17,18 @@ use crate::bus::BusDevice;
 /// I/O ports that a [`SerialDevice`] takes.
 pub const SERIAL_PORTS: u64 = 8;
 
+/// Interrupt enable register; bit 0: received data.
+const IER: u8 = 1;
+/// Interrupt identification register.
+const IIR: u8 = 2;
+/// Line control register; bit 7 puts the divisor in the place of data and IER.
+const LCR: u8 = 3;
 /// Modem control register, whose bit 4 is the loopback mode in which no input is taken.
 const MCR: u64 = 4;
+/// Line status register; bit 0: there is data.
+const LSR: u8 = 5;
+/// What IIR says of received data in a UART with its FIFOs on (PC16550D, table 4).
+const RECEIVED_DATA: u8 = 0xc4;
 
 /// A UART attached to a [`ConsoleBackend`]; made anew for each boot.
 pub struct SerialDevice {
@@ -98,6 +108,15 @@ impl SerialDevice {
     }
 }
 
+/// Received data is announced for as long as there is some: only reading it takes that back
+/// (PC16550D, section 8.5). `vm-superio` forgets it when IIR is read, after which a driver that
+/// takes so many bytes an interrupt and no more, as Linux's does with 256, leaves the rest there
+/// for ever, and everything behind it with the host.
+fn has_data_to_announce(uart: &mut Serial<Irq, Drained, Output>) -> bool {
+    // None of the three changes by being read.
+    uart.read(LSR) & 1 != 0 && uart.read(LCR) & 0x80 == 0 && uart.read(IER) & 1 != 0
+}
+
 impl InputPort for SerialDevice {
     fn offer(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +138,10 @@ impl BusDevice for SerialDevice {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
         for (register, byte) in (offset..SERIAL_PORTS).zip(data) {
-            *byte = uart.read(register as u8);
+            *byte = match register as u8 {
+                IIR if has_data_to_announce(&mut uart) => RECEIVED_DATA,
+                register => uart.read(register),
+            };
         }
     }
 

@@ -72,6 +72,24 @@ fn receive(device: &SerialDevice, count: usize) -> Vec<u8> {
     received
 }
 
+/// The interrupt handler of a driver that takes `most` bytes at a time, and looks again for as long
+/// as the UART says that something is pending.
+fn handle_interrupt(device: &SerialDevice, most: usize, received: &mut Vec<u8>) {
+    let read = |register| {
+        let mut byte = [0];
+        device.read(register, &mut byte);
+        byte[0]
+    };
+    while read(2) & 1 == 0 {
+        for _ in 0..most {
+            if read(5) & 1 == 0 {
+                break;
+            }
+            received.push(read(0));
+        }
+    }
+}
+
 fn eventually(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !condition() {
@@ -523,4 +541,50 @@ fn a_sandboxed_thread_with_the_open_list_can_open_and_close_every_mode() {
     })
     .join()
     .unwrap();
+}
+
+#[test]
+fn input_left_in_the_fifo_stays_announced_until_it_is_read() {
+    let backend = open(ConsoleMode::Null, None);
+    let device = boot(&backend);
+    let identify = || {
+        let mut byte = [0];
+        device.read(2, &mut byte);
+        byte[0]
+    };
+    device.write(1, &[3]);
+    assert_eq!(device.offer(b"four"), 4);
+    for _ in 0..4 {
+        assert_eq!(identify(), 0xc4);
+        device.read(0, &mut [0]);
+    }
+    // The transmitter's turn, which reading does take back.
+    assert_eq!(identify(), 0xc2);
+    assert_eq!(identify(), 0xc1);
+    // Not announced to a driver that does not want to know.
+    device.write(1, &[0]);
+    assert_eq!(device.offer(b"x"), 1);
+    assert_eq!(identify(), 0xc1);
+}
+
+#[test]
+fn a_driver_that_takes_a_few_bytes_an_interrupt_gets_a_long_line_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let backend = open(ConsoleMode::Socket, Some(&path));
+    let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+    let device = SerialDevice::attach(&backend, interrupt.try_clone().unwrap());
+    device.write(1, &[1]);
+    let mut client = UnixStream::connect(&path).unwrap();
+    let line: Vec<u8> = (0..4000_u32).map(|n| (n % 251) as u8).collect();
+    client.write_all(&line).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut received = Vec::new();
+    while received.len() < line.len() {
+        if interrupt.read().is_ok() {
+            handle_interrupt(&device, 5, &mut received);
+        }
+        assert!(Instant::now() < deadline, "{} bytes", received.len());
+    }
+    assert!(received == line);
 }
