@@ -3,6 +3,7 @@
 
 mod api_support;
 
+use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -127,6 +128,19 @@ fn connect(directory: &Path) -> Client {
     Client::connect(&path)
 }
 
+/// Whether a new client gets an answer, and not one that there is no room.
+fn is_served(directory: &Path) -> bool {
+    let Ok(mut client) = std::os::unix::net::UnixStream::connect(directory.join("api.sock")) else {
+        return false;
+    };
+    let mut answer = String::new();
+    // One that is turned away may find the line cut while it writes.
+    let _ = client.write_all(request("GET", "vmm.ping", "").as_bytes());
+    let _ = client.shutdown(std::net::Shutdown::Write);
+    let _ = client.read_to_string(&mut answer);
+    answer.starts_with("HTTP/1.1 200")
+}
+
 fn end(child: Child) -> (ExitStatus, String) {
     let output = child.wait_with_output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -190,6 +204,8 @@ fn everything_the_api_does_works_inside_the_filters() {
     drop(leaving);
     let many: Vec<_> = (0..300).map(|_| connect(path)).collect();
     drop(many);
+    // Those who have left hold their places until the server has seen them go.
+    eventually("there is room again", || is_served(path));
     client = connect(path);
     assert_eq!(client.put("vmm.shutdown", "").status, 204);
     assert!(listener.rest().contains("event: shutdown\n"));

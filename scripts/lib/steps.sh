@@ -4,11 +4,13 @@
 #
 #   step NAME COMMAND…   run it; its output is shown and kept in target/NAME-OF-SCRIPT/
 #   skip NAME WHY        say that it is not run
-#   count_steps          print what failed and was skipped; sets $passed and $failed
+#   count_steps          print what was skipped and what failed, with the words it failed with
+#
+# $passed and $failed are the counts so far.
 
 step_logs=$(target_dir)/${0##*/}
 mkdir -p "$step_logs"
-passed=0 failed=0 failures=() skips=()
+passed=0 failed=0 failures=() failed_logs=() skips=()
 
 # Not to be used in a condition: `set -e` would be off in the command.
 step() {
@@ -30,7 +32,7 @@ step() {
     ((bad || !status)) || bad=1
     ((bad == 0)) || status=1
     passed=$((passed + ok)) failed=$((failed + bad))
-    ((status == 0)) || failures+=("$name ($log)")
+    ((status == 0)) || failures+=("$name ($log)") failed_logs+=("$log")
     printf '── %s: %s, %s s\n' "$name" "$( ((status)) && echo FAILED || echo ok)" $((SECONDS - started))
 }
 
@@ -51,5 +53,10 @@ count_steps() {
     local line
     printf '\n'
     for line in "${skips[@]}"; do printf 'skipped: %s\n' "$line"; done
+    # Where only the end of the output is kept, this is the end.
+    for line in "${failed_logs[@]}"; do
+        printf '\nfrom %s:\n' "$line"
+        grep -E -A 8 'panicked at|^error|FAILED|failed:' "$line" | tail -n 60 || true
+    done
     for line in "${failures[@]}"; do printf 'FAILED: %s\n' "$line"; done
 }
