@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::{Barrier, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -14,7 +14,10 @@ use tokio::sync::broadcast;
 
 use super::*;
 use crate::boot::test_payload::{elf, file};
+use crate::command::Reply;
+use crate::config::VmConfig;
 use crate::event::Event;
+use crate::overcommit::control::COUNTERS_ID;
 
 /// cli; hlt for ever.
 const SLEEP: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
@@ -317,9 +320,9 @@ fn a_deadline_is_noticed_although_messages_wait() {
     let (sender, inbox) = std::sync::mpsc::channel();
     sender.send(Message::Guest).unwrap();
     let mut expired = false;
-    assert!(super::receive(&inbox, Some(Instant::now()), &mut expired).is_none());
+    assert!(super::deadlines::receive(&inbox, Some(Instant::now()), &mut expired).is_none());
     let later = Instant::now() + Duration::from_secs(30);
-    assert!(super::receive(&inbox, Some(later), &mut expired).is_some());
+    assert!(super::deadlines::receive(&inbox, Some(later), &mut expired).is_some());
 }
 
 #[test]
@@ -329,7 +332,8 @@ fn messages_are_heard_although_a_deadline_has_always_passed() {
         sender.send(Message::Guest).unwrap();
     }
     let mut expired = false;
-    let mut next = || super::receive(&inbox, Some(Instant::now()), &mut expired).is_some();
+    let mut next =
+        || super::deadlines::receive(&inbox, Some(Instant::now()), &mut expired).is_some();
     assert_eq!([(); 4].map(|()| next()), [false, true, false, true]);
     // Nor does it have to be its turn where nothing waits.
     assert_eq!([(); 3].map(|()| next()), [false; 3]);

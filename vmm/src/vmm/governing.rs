@@ -1,0 +1,54 @@
+//! When the [governor](crate::overcommit::governor) looks, and how what it says is carried out.
+
+use std::time::Instant;
+
+use super::Vmm;
+use crate::overcommit::view::Governor;
+
+impl Vmm {
+    /// What the governor last found, where it drives a balloon.
+    pub(super) fn governor(&self) -> Option<Governor> {
+        self.created.as_ref()?.governed()?;
+        self.control.shown()
+    }
+
+    /// When the governor is to look; `None` while there is nothing to.
+    pub(super) fn next_look(&self) -> Option<Instant> {
+        let (_, interval_ms) = self.created.as_ref()?.governed()?;
+        Some(self.control.due(interval_ms))
+    }
+
+    /// Has the governor look, if it is time, and does what it says.
+    pub(super) fn govern(&mut self) {
+        if self.next_look().is_none_or(|due| due > Instant::now()) {
+            return;
+        }
+        let Some(created) = &self.created else {
+            return;
+        };
+        let Some((driven, _)) = created.governed() else {
+            return;
+        };
+        let Some(step) = self.control.look(driven) else {
+            return;
+        };
+        if let Err(error) = created.carry_out(&step) {
+            tracing::error!(%error, ?step, "a step of the overcommit policy could not be taken");
+            return;
+        }
+        let (from, to) = (step.from.to_string(), step.to.to_string());
+        let mut properties = vec![
+            ("id", step.id.as_str()),
+            ("action", step.action()),
+            ("reason", step.reason.name()),
+            ("from", &from),
+            ("to", &to),
+        ];
+        let rest = step.rest_ms.map(|ms| (ms / 1000).to_string());
+        properties.extend(
+            rest.iter()
+                .map(|seconds| ("rest_seconds", seconds.as_str())),
+        );
+        self.emit("vm", "overcommit-action", &properties);
+    }
+}
