@@ -1,0 +1,134 @@
+//! From the engine to the used ring: status byte, counters, the chain given back, one interrupt for
+//! all.
+
+use std::time::Instant;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::QueueHandler;
+use crate::block::hold::is_no_space;
+use crate::block::request::Status;
+use crate::disk::{Completion, Operation};
+use crate::event::HoldOutcome;
+use crate::worker::WorkerError;
+
+impl QueueHandler {
+    /// Gives the driver back what the engine has done.
+    pub(super) fn collect(&mut self) -> Result<(), WorkerError> {
+        let polled = self.engine.poll(&mut self.completed);
+        polled.map_err(|e| self.fail("asking the disk for completions", e))?;
+        self.deliver()
+    }
+
+    pub(super) fn deliver(&mut self) -> Result<(), WorkerError> {
+        if !self.completed.is_empty() {
+            let now = Instant::now();
+            let mut completed = std::mem::take(&mut self.completed);
+            for completion in completed.drain(..) {
+                self.complete(completion, now)?;
+            }
+            self.completed = completed;
+        }
+        if let Some(active) = &mut self.active
+            && std::mem::take(&mut active.unannounced)
+        {
+            active.queue.notify()?;
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, completion: Completion, now: Instant) -> Result<(), WorkerError> {
+        let mut buffers = completion.buffers;
+        let Some(active) = &mut self.active else {
+            self.recycle(buffers);
+            return Ok(());
+        };
+        let slot = active.pending.get_mut(usize::from(completion.tag));
+        let Some(mut pending) = slot.and_then(Option::take) else {
+            self.recycle(buffers);
+            return Ok(());
+        };
+        active.free.push(completion.tag);
+        active.in_flight = active.in_flight.saturating_sub(pending.weight());
+        if let Some(data) = pending.zeroes.take() {
+            self.recycle(std::mem::replace(&mut buffers, data));
+        }
+        let result = match completion.result {
+            Err(error) if self.common.hold.wants(&error, pending.held_since, now) => {
+                match self.hold(pending, buffers, &error, now) {
+                    Some((its, buffers)) => {
+                        pending = its;
+                        self.recycle(buffers);
+                    }
+                    None => return Ok(()),
+                }
+                Err(error)
+            }
+            result => {
+                self.recycle(buffers);
+                result
+            }
+        };
+        // Only a hint, which there is no sense in waiting with.
+        let result = match result {
+            Err(error) if pending.operation == Operation::Discard && is_no_space(&error) => Ok(()),
+            result => result,
+        };
+        if pending.held_since.is_some() {
+            let outcome = match &result {
+                Ok(()) => HoldOutcome::Done,
+                Err(_) => HoldOutcome::Reported,
+            };
+            self.common.hold.ended(pending.length, outcome);
+        }
+        let (status, written) = match result {
+            Ok(()) => {
+                let latency = now.saturating_duration_since(pending.started);
+                match pending.operation {
+                    Operation::Read => self.counters.read.count(pending.length, latency),
+                    Operation::Write { .. } => self.counters.write.count(pending.length, latency),
+                    _ => {}
+                }
+                match pending.operation {
+                    // A chain has less than 4 GiB.
+                    Operation::Read => (Status::Ok, pending.length as u32),
+                    _ => (Status::Ok, 0),
+                }
+            }
+            Err(error) => {
+                let operation = pending.operation.name();
+                self.common
+                    .reporter
+                    .io_error(operation, pending.offset, &error);
+                (Status::IoErr, 0)
+            }
+        };
+        self.answer(pending.head, pending.status, status, written)
+    }
+
+    /// Writes the status byte and gives the chain back, with `written` bytes of data in it.
+    pub(super) fn answer(
+        &mut self,
+        head: u16,
+        address: GuestAddress,
+        status: Status,
+        written: u32,
+    ) -> Result<(), WorkerError> {
+        if let Some(active) = &self.active {
+            active
+                .queue
+                .memory()
+                .write_obj(status as u8, address)
+                .map_err(|e| WorkerError::new("writing a status byte", e))?;
+        }
+        self.give_back(head, written.saturating_add(1))
+    }
+
+    pub(super) fn give_back(&mut self, head: u16, len: u32) -> Result<(), WorkerError> {
+        if let Some(active) = &mut self.active {
+            active.queue.push_used(head, len)?;
+            active.unannounced = true;
+        }
+        Ok(())
+    }
+}
