@@ -78,13 +78,15 @@ fn overcommit(ledger: Option<&Path>, as_json: bool) -> Result<String, String> {
         .map_err(|error| error.to_string())
 }
 
-const HEADINGS: [&str; 11] = [
+const HEADINGS: [&str; 13] = [
     "PID",
     "STATE",
     "PROMISED",
     "GUARANTEED",
     "ACTUAL",
     "RESIDENT",
+    "SWAP",
+    "KSM",
     "IDLE",
     "BALLOON",
     "WEIGHT",
@@ -107,7 +109,7 @@ fn table(overview: &Overview) -> String {
         let mut line = String::new();
         for (index, (cell, width)) in row.iter().zip(widths).enumerate() {
             // Words to the left, numbers to the right.
-            let words = matches!(index, 1 | 10);
+            let words = matches!(index, 1 | 12);
             // Writing to a string does not fail.
             let _ = if words {
                 write!(line, "{cell:width$}  ")
@@ -142,6 +144,10 @@ fn row(vm: &VmOverview) -> [String; HEADINGS.len()] {
         mib(reservation.guaranteed),
         known(measures.actual),
         known(measures.resident),
+        known(measures.swap),
+        measures
+            .ksm_profit
+            .map_or("-".to_owned(), |profit| signed_mib(profit.cast_signed())),
         known(measures.idle),
         balloon,
         record.weight.to_string(),
@@ -170,6 +176,12 @@ fn summary(overview: &Overview) -> String {
         mib(totals.free_for_guarantees),
         mib(host.reserve),
     );
+    text += &format!(
+        "{} MiB resident, {} MiB on swap; KSM saves {} MiB (as far as they know)\n",
+        mib(totals.resident),
+        mib(totals.swap),
+        signed_mib(totals.ksm_profit),
+    );
     if overview.stale_records > 0 {
         text += &format!(
             "{} records of processes that have died; the next VM that starts removes them\n",
@@ -193,6 +205,12 @@ fn summary(overview: &Overview) -> String {
 
 fn mib(bytes: u64) -> String {
     bytes.div_ceil(1 << 20).to_string()
+}
+
+/// Away from 0, so that what costs something is not shown as nothing.
+fn signed_mib(bytes: i64) -> String {
+    let sign = if bytes < 0 { "-" } else { "" };
+    format!("{sign}{}", mib(bytes.unsigned_abs()))
 }
 
 /// What other processes tell may not reach a terminal as it is.
@@ -228,6 +246,9 @@ mod tests {
                 actual: Some(300 * MIB),
                 balloon_actual: Some(212 * MIB),
                 balloon_target: Some(256 * MIB),
+                resident: Some(290 * MIB),
+                swap: Some(0),
+                ksm_profit: Some((-4096_i64).cast_unsigned()),
                 ..Measures::default()
             },
             ..Record::default()
@@ -252,6 +273,8 @@ mod tests {
                 vms: 1,
                 promised: 523 * MIB,
                 overcommit_ratio: 0.087,
+                swap: 33 * MIB,
+                ksm_profit: -(2 * MIB as i64),
                 ..Totals::default()
             },
             vms: vms.to_vec(),
@@ -273,7 +296,9 @@ mod tests {
                 "512",
                 "160",
                 "300",
-                "-",
+                "290",
+                "0",
+                "-1",
                 "-",
                 "212/256",
                 "100",
@@ -283,9 +308,10 @@ mod tests {
         );
         assert_eq!(
             lines[2],
-            ["7", "-", "0", "0", "-", "-", "-", "-", "1", "1s"]
+            ["7", "-", "0", "0", "-", "-", "-", "-", "-", "-", "1", "1s"]
         );
         assert!(text.contains("ratio 0.09 of at most 1.5"), "{text}");
+        assert!(text.contains("33 MiB on swap; KSM saves -2 MiB"), "{text}");
         assert!(text.contains("2 records of processes that have died"));
         assert!(text.contains("vm-9: version 2"));
         assert!(!text.contains("no records"));

@@ -172,6 +172,7 @@ fn take_half_and_give_it_back(shared: bool) {
         (&shown["state"], &shown["actual"]),
         (&json!("reached"), &json!(size))
     );
+    assert!(shown["given"].as_u64() >= Some(size), "{shown}");
     assert_eq!(shown["ignored"], 0);
     let free_memory = &shown["statistics"]["free_memory"];
     assert!(free_memory["value"].as_u64() > Some(0), "{shown}");

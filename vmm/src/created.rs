@@ -140,6 +140,7 @@ impl Created {
             };
             add(&mut measures.balloon_target, info.target);
             add(&mut measures.balloon_actual, info.actual);
+            add(&mut measures.balloon_given, info.given);
             add(&mut measures.reported_free, info.reported_free);
             // Whoever of them told last: it is one guest.
             if let Some(sample) = info.statistics.get("available_memory")

@@ -26,6 +26,9 @@ fn observation() -> Observation {
         id: "a \"quoted\\ id\n".to_owned(),
         target: 4096,
         actual: 8192,
+        given: 4096,
+        held_off: 0,
+        retried: 0,
         state: BalloonState::Stalled,
         rate: -1,
         driver: true,
@@ -236,6 +239,7 @@ fn an_independent_parser_reads_what_was_counted() {
             Value::Gauge(0.125),
         ),
         ("ballast_balloon_actual_bytes", &[], Value::Gauge(8192.0)),
+        ("ballast_balloon_given_bytes", &[], Value::Gauge(4096.0)),
         ("ballast_balloon_stalled", &[], Value::Gauge(1.0)),
         (
             "ballast_balloon_guest_statistic",

@@ -223,6 +223,11 @@ fn balloons(page: &mut Page, balloons: &[BalloonInfo]) {
         |info| info.actual,
     );
     of_each(
+        "balloon_given_bytes",
+        "Memory whose pages the guest has truly sent and not taken back.",
+        |info| info.given,
+    );
+    of_each(
         "balloon_stalled",
         "Whether the balloon comes no closer to its target.",
         |info| u64::from(info.state == BalloonState::Stalled),

@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
                 "swap": 0, "zswap": 0, "age_ms": 0
             },
             "balloons": {
-                "count": 1, "target": 268435456, "actual": 268435456, "inflated": 268435456,
+                "count": 1, "target": 268435456, "actual": 268435456, "given": 268435456, "inflated": 268435456,
                 "deflated": 0, "reported_free": 12582912, "age_ms": 0
             },
             "ksm": {

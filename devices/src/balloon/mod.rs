@@ -9,6 +9,7 @@
 
 mod config;
 mod features;
+mod page_set;
 mod pages;
 mod partial;
 mod pending;
@@ -67,6 +68,7 @@ impl Balloon {
         let shared = Shared::new(config.size, context.discards)
             .map_err(|e| BuildError::host("making events", e))?;
         let shared = Arc::new(shared);
+        shared.inhibitor.tell_of_release(&shared.wake);
         let name = context.reporter.id().to_owned();
         let filter = Filter::compile(&name, context.seccomp, &LISTS)
             .map_err(|e| BuildError::host("compiling a filter", io::Error::other(e)))?;
@@ -163,6 +165,7 @@ impl VirtioDevice for Balloon {
                 "inhibited_lazy_restore_bytes",
                 &counters.inhibited_lazy_restore,
             ),
+            ("retried_bytes", &counters.retried),
             ("failed_bytes", &counters.failed),
             ("ignored_bytes", &counters.ignored),
             ("discard_calls", &counters.discards),

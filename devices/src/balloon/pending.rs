@@ -159,7 +159,7 @@ impl Pending {
 }
 
 /// Adds the runs of set bits as ranges of addresses from `start` on.
-fn runs(start: u64, bits: &[u64; WORDS], ranges: &mut Vec<Range<u64>>) {
+pub(super) fn runs(start: u64, bits: &[u64; WORDS], ranges: &mut Vec<Range<u64>>) {
     for (page, word) in (start..).step_by(64 * PAGE as usize).zip(bits) {
         let mut bit = 0;
         while bit < 64 {

@@ -6,6 +6,10 @@
 //! | any | no | before the request is used; parts of hugetlb's pages never |
 //! | huge pages of hugetlb | yes | when the balloon has all of one ([`super::partial`]) |
 //! | other | yes | when 2 MiB are whole, or soon ([`super::pending`]) |
+//!
+//! What is held off (see [`crate::guest_memory::discard::inhibit`]) is remembered where the driver
+//! promises to tell, and discarded when nothing holds it off any more. Pages that were reported
+//! free are not: the guest may have used them again since.
 
 use std::io;
 use std::ops::Range;
@@ -13,11 +17,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::features;
+use super::page_set::PageSet;
 use super::partial::Partials;
 use super::pending::Pending;
 use super::shared::Shared;
 use crate::guest_memory::GuestRam;
 use crate::guest_memory::discard::{Batching, Discarded, Discarder, PAGE};
+
+/// Blocks of 2 MiB of what was held off that are tried again at once.
+const RETRY_BLOCKS: usize = 32;
 
 /// What is remembered of the pages in the balloon.
 enum Memory {
@@ -31,6 +39,10 @@ pub struct Reclaim {
     shared: Arc<Shared>,
     discarder: Discarder,
     memory: Memory,
+    /// What the driver has sent and not taken back.
+    given: PageSet,
+    /// Of that, what was held off.
+    held_off: PageSet,
     poisoned: bool,
     ranges: Vec<Range<u64>>,
 }
@@ -54,6 +66,8 @@ impl Reclaim {
             shared,
             discarder,
             memory,
+            given: PageSet::default(),
+            held_off: PageSet::default(),
             ranges: Vec::new(),
         })
     }
@@ -62,10 +76,9 @@ impl Reclaim {
     /// be used when this returns.
     pub fn inflate(&mut self, ranges: &mut Vec<Range<u64>>) {
         let counters = &self.shared.counters;
-        if !matches!(self.memory, Memory::Nothing) {
-            // Only RAM is remembered: what is none would fill the tables.
-            add(&counters.ignored, self.discarder.clip(ranges));
-        }
+        // Only RAM is remembered: what is none would fill the tables.
+        add(&counters.ignored, self.discarder.clip(ranges));
+        self.given.insert(ranges);
         match &mut self.memory {
             Memory::Nothing => {}
             Memory::Huge(partials) => {
@@ -75,6 +88,7 @@ impl Reclaim {
             Memory::Pending(pending) => pending.inflate(ranges),
         }
         self.discard_inflated(ranges);
+        self.shared.set_given(self.given.bytes());
     }
 
     /// `ranges` are leaving the balloon: the guest uses them when it hears of this.
@@ -84,7 +98,10 @@ impl Reclaim {
             Memory::Huge(partials) => partials.deflate(ranges),
             Memory::Pending(pending) => pending.deflate(ranges),
         }
+        self.held_off.remove(ranges);
+        self.given.remove(ranges);
         self.show_pending();
+        self.shared.set_given(self.given.bytes());
     }
 
     /// `ranges` are free, and are used again when the guest hears of this.
@@ -110,6 +127,29 @@ impl Reclaim {
         self.discard_pending(Pending::flush);
     }
 
+    /// Discards some of what was held off, where nothing holds it off any more; says whether there
+    /// is more.
+    pub fn retry(&mut self) -> bool {
+        if self.held_off.is_empty() || self.shared.inhibitor.holds() {
+            return false;
+        }
+        let mut ranges = std::mem::take(&mut self.ranges);
+        self.held_off.take(RETRY_BLOCKS, &mut ranges);
+        let mut outcome = self.discarder.discard(&ranges);
+        let held_off = outcome.inhibited.take().is_some();
+        if held_off {
+            // Just now again, and counted already.
+            self.held_off.insert(&ranges);
+        }
+        let counters = &self.shared.counters;
+        add(&counters.retried, outcome.bytes);
+        add(&counters.inflated, outcome.bytes);
+        self.count(outcome);
+        self.ranges = ranges;
+        self.show_pending();
+        !held_off && !self.held_off.is_empty()
+    }
+
     /// Whether something waits that will not wait for ever.
     pub fn waits(&self) -> bool {
         matches!(&self.memory, Memory::Pending(pending) if !pending.is_empty())
@@ -129,12 +169,19 @@ impl Reclaim {
         if !ranges.is_empty() {
             let outcome = self.discarder.discard(ranges);
             add(&self.shared.counters.inflated, outcome.bytes);
+            if outcome.inhibited.is_none() {
+                self.held_off.remove(ranges);
+            } else if !matches!(self.memory, Memory::Nothing) {
+                self.held_off.insert(ranges);
+            }
             self.count(outcome);
         }
         self.show_pending();
     }
 
     fn show_pending(&self) {
+        let held_off = &self.shared.held_off;
+        held_off.store(self.held_off.bytes(), Ordering::Relaxed);
         if let Memory::Pending(pending) = &self.memory {
             self.shared
                 .pending
@@ -159,6 +206,8 @@ impl Drop for Reclaim {
     fn drop(&mut self) {
         // The guest has it again.
         self.shared.pending.store(0, Ordering::Relaxed);
+        self.shared.held_off.store(0, Ordering::Relaxed);
+        self.shared.set_given(0);
     }
 }
 

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -37,9 +37,10 @@ const SIZE: usize = 16;
 pub enum State {
     /// The guest is on its way to the target.
     InProgress,
-    /// It is there.
+    /// It is there: it says so, and has sent as many pages.
     Reached,
-    /// It has come no closer for five seconds: it has no driver, does not want to, or can't.
+    /// It has come no closer for five seconds: it has no driver, does not want to, or can't; or it
+    /// says that it is there and has not sent the pages.
     Stalled,
 }
 
@@ -67,6 +68,8 @@ pub struct Counters {
     pub inhibited_dirty_log: AtomicU64,
     /// Not discarded: held off while memory comes from a snapshot as it is touched.
     pub inhibited_lazy_restore: AtomicU64,
+    /// Of what was given back by inflating: had been held off before.
+    pub retried: AtomicU64,
     /// Not discarded: the host failed.
     pub failed: AtomicU64,
     /// Not RAM, or too much for one request.
@@ -93,6 +96,8 @@ pub struct Shared {
     pub inhibitor: Inhibitor,
     target: AtomicU32,
     actual: AtomicU32,
+    /// Pages that the driver has sent and not taken back: no more than RAM has.
+    given: AtomicU32,
     poison: AtomicU32,
     live: AtomicBool,
     /// The least distance to the target, in pages, since the guest set out for it …
@@ -101,12 +106,15 @@ pub struct Shared {
     best_ms: AtomicU64,
     /// Bytes that are in the balloon and not discarded yet.
     pub pending: AtomicU64,
+    /// Bytes that are in the balloon and were held off; they are discarded when nothing holds
+    /// discards off any more.
+    pub held_off: AtomicU64,
     /// Bytes per second, lately; negative while deflating.
     pub rate: AtomicI64,
     /// The worker looks at the progress by itself, and need not be told of it.
     pub watched: AtomicBool,
     /// Wakes the worker: the target, a question, or news of the progress.
-    pub wake: EventFd,
+    pub wake: Arc<EventFd>,
     questions: Mutex<Vec<Asked>>,
     /// The guest's statistics.
     pub statistics: Statistics,
@@ -123,14 +131,16 @@ impl Shared {
             inhibitor,
             target: AtomicU32::new(target),
             actual: AtomicU32::new(0),
+            given: AtomicU32::new(0),
             poison: AtomicU32::new(0),
             live: AtomicBool::new(false),
             best: AtomicU32::new(target),
             best_ms: AtomicU64::new(0),
             pending: AtomicU64::new(0),
+            held_off: AtomicU64::new(0),
             rate: AtomicI64::new(0),
             watched: AtomicBool::new(false),
-            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            wake: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             questions: Mutex::default(),
             statistics: Statistics::default(),
             counters: Counters::default(),
@@ -152,9 +162,17 @@ impl Shared {
         u64::from(self.actual.load(Ordering::SeqCst)) * PAGE
     }
 
-    /// Whether the guest has given neither more nor less than it is asked for.
+    /// Bytes of the pages that the driver has sent and not taken back.
+    pub fn given_bytes(&self) -> u64 {
+        u64::from(self.given.load(Ordering::SeqCst)) * PAGE
+    }
+
+    /// Whether the guest says that it has given neither more nor less than it is asked for, and has
+    /// sent as many pages. It may have sent more: a driver that has not promised to tell takes
+    /// pages back as it likes.
     pub fn reached(&self) -> bool {
-        self.actual.load(Ordering::SeqCst) == self.target.load(Ordering::SeqCst)
+        let actual = self.actual.load(Ordering::SeqCst);
+        actual == self.target.load(Ordering::SeqCst) && actual <= self.given.load(Ordering::SeqCst)
     }
 
     /// What free pages hold, by the guest's word.
@@ -181,12 +199,16 @@ impl Shared {
 
     /// The time until the balloon counts as stalled begins anew.
     pub fn set_out(&self) {
-        let distance = self.distance(self.actual.load(Ordering::SeqCst));
-        self.note_progress(distance);
+        self.note_progress(self.distance());
     }
 
-    fn distance(&self, actual: u32) -> u32 {
-        self.target.load(Ordering::SeqCst).abs_diff(actual)
+    /// Pages from the target, by what the guest says as far as it has sent the pages.
+    fn distance(&self) -> u32 {
+        let actual = self.actual.load(Ordering::SeqCst);
+        let given = self.given.load(Ordering::SeqCst);
+        self.target
+            .load(Ordering::SeqCst)
+            .abs_diff(actual.min(given))
     }
 
     fn note_progress(&self, distance: u32) {
@@ -267,17 +289,31 @@ impl Shared {
     }
 
     fn set_actual(&self, actual: u32) {
-        let before = self.actual.swap(actual, Ordering::SeqCst);
-        if actual == before {
+        self.change(&self.actual, actual);
+    }
+
+    /// The driver has sent or taken back pages: so many bytes are in the balloon now. Called on
+    /// the worker.
+    pub fn set_given(&self, bytes: u64) {
+        self.change(&self.given, to_pages(bytes));
+    }
+
+    fn change(&self, value: &AtomicU32, new: u32) {
+        let was_reached = self.reached();
+        if value.swap(new, Ordering::SeqCst) == new {
             return;
         }
-        let distance = self.distance(actual);
-        if self.distance(before) == 0 || distance < self.best.load(Ordering::SeqCst) {
+        let reached = self.reached();
+        if was_reached && reached {
+            return;
+        }
+        let distance = self.distance();
+        if was_reached || distance < self.best.load(Ordering::SeqCst) {
             // It has left the target by itself, or come closer than ever.
             self.note_progress(distance);
         }
         // The worker is told of the start and of the end, and looks at what is between by itself.
-        if distance == 0 || !self.watched.swap(true, Ordering::SeqCst) {
+        if reached || !self.watched.swap(true, Ordering::SeqCst) {
             self.wake();
         }
     }
@@ -330,6 +366,7 @@ mod tests {
             ..Shared::new(100 * PAGE, Inhibitor::default()).unwrap()
         };
         assert_eq!(shared.state(), State::Stalled);
+        shared.set_given(200 * PAGE);
         shared.set_out();
         assert_eq!(shared.state(), State::InProgress);
         let expire = || shared.best_ms.store(0, Ordering::SeqCst);
@@ -348,5 +385,44 @@ mod tests {
         // It takes some back: a new way to go.
         say(90);
         assert_eq!(shared.state(), State::InProgress);
+    }
+
+    #[test]
+    fn the_target_is_reached_when_the_pages_have_come_and_not_by_word() {
+        let shared = Shared::new(100 * PAGE, Inhibitor::default()).unwrap();
+        let expire = || shared.best_ms.store(0, Ordering::SeqCst);
+        let say = |pages: u32| shared.write(4, &pages.to_le_bytes());
+        let shared_ = &shared;
+        let stalls = |pages: u32| {
+            std::thread::sleep(Duration::from_millis(2));
+            expire();
+            say(pages);
+            // Nothing of this is progress.
+            shared_.best_ms.load(Ordering::SeqCst) == 0
+        };
+        for pages in [100, 99, 100, 0, 100] {
+            assert!(stalls(pages), "{pages}");
+            assert!(!shared.reached());
+        }
+        shared.set_given(40 * PAGE);
+        assert!(
+            shared.best_ms.load(Ordering::SeqCst) > 0,
+            "it gives after all"
+        );
+        assert_eq!(
+            (shared.given_bytes(), shared.actual_bytes()),
+            (40 * PAGE, 100 * PAGE)
+        );
+        assert_eq!(shared.state(), State::InProgress);
+        shared.set_given(100 * PAGE);
+        assert_eq!(shared.state(), State::Reached);
+        // It takes some back, and tells of it before it says so; and then gives them again.
+        expire();
+        shared.set_given(90 * PAGE);
+        assert_eq!(shared.state(), State::InProgress);
+        say(90);
+        expire();
+        shared.set_given(95 * PAGE);
+        assert!(!stalls(95), "closer than ever since");
     }
 }

@@ -94,6 +94,12 @@ impl Rig {
         self.driver.device_write(4, &pages.to_le_bytes());
     }
 
+    /// Gives the first pages, so many in all, and says so.
+    fn give(&mut self, pages: u64) {
+        self.send(INFLATE, &first_pages(pages));
+        self.say_actual(pages as u32);
+    }
+
     fn word(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.driver.device_read(offset, &mut data);
@@ -196,10 +202,10 @@ fn a_new_target_interrupts_the_driver_and_the_way_there_is_told() {
     ));
     assert_eq!(rig.word(0), 100);
     assert_eq!(rig.info().state, State::InProgress);
-    rig.say_actual(40);
+    rig.give(40);
     assert_eq!(rig.news(), (BalloonNews::Progress, 100 * PAGE, 40 * PAGE));
     assert!(rig.info().rate > 0);
-    rig.say_actual(100);
+    rig.give(100);
     assert_eq!(rig.news(), (BalloonNews::Reached, 100 * PAGE, 100 * PAGE));
     assert_eq!((rig.info().state, rig.info().rate), (State::Reached, 0));
     rig.balloon.set_target(0);
@@ -222,7 +228,7 @@ fn a_driver_that_starts_with_a_target_is_told_of_it_and_one_that_never_comes_sta
     rig.driver.start(VERSION_1, 64);
     assert!(eventually(|| rig.info().state == State::InProgress));
     assert_eq!(rig.word(0), 8);
-    rig.say_actual(8);
+    rig.give(8);
     assert_eq!(rig.news(), (BalloonNews::Reached, 8 * PAGE, 8 * PAGE));
 }
 

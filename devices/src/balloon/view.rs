@@ -19,9 +19,12 @@ pub struct BalloonInfo {
     pub id: String,
     /// Bytes the guest is asked to give.
     pub target: u64,
-    /// Bytes it says it has given.
+    /// Bytes it says it has given; its word.
     pub actual: u64,
-    /// Whether it is on its way.
+    /// Bytes of the pages that it has truly sent and not told to have taken back, each page counted
+    /// once. Less than `actual` while a balloon is deflated, and of a guest that lies.
+    pub given: u64,
+    /// Whether it is on its way. `reached` takes both `actual` and `given`.
     pub state: State,
     /// Bytes per second during the last second; negative while the balloon is deflated.
     pub rate: i64,
@@ -31,6 +34,11 @@ pub struct BalloonInfo {
     pub inflated: u64,
     /// Bytes in the balloon that wait for the rest of their 2 MiB, for half a second at most.
     pub pending: u64,
+    /// Bytes in the balloon that were held off, and are given back when nothing holds off any more;
+    /// only of a driver that tells before it takes pages back.
+    pub held_off: u64,
+    /// Bytes of `inflated` that had been held off before.
+    pub retried: u64,
     /// Bytes the guest has taken out of the balloon, in all.
     pub deflated: u64,
     /// Bytes the guest has reported free and the host has got, in all.
@@ -75,11 +83,14 @@ impl Viewer {
             id: id.to_owned(),
             target: shared.target_bytes(),
             actual: shared.actual_bytes(),
+            given: shared.given_bytes(),
             state: shared.state(),
             rate: shared.rate.load(Ordering::Relaxed),
             driver: shared.live(),
             inflated: total(&counters.inflated),
             pending: total(&shared.pending),
+            held_off: total(&shared.held_off),
+            retried: total(&counters.retried),
             deflated: total(&counters.deflated),
             reported_free: total(&counters.reported),
             inhibited: Inhibited {

@@ -332,6 +332,16 @@ impl BalloonHandler {
         }
     }
 
+    /// Tries again what was held off, if nothing holds it off any more: some of it, so that it holds
+    /// up neither the queues nor orders for long.
+    fn retry(&mut self) {
+        if let Some(active) = &mut self.active
+            && active.reclaim.retry()
+        {
+            self.shared.wake();
+        }
+    }
+
     fn serve_all(&mut self) -> Result<(), WorkerError> {
         self.inflate()?;
         self.deflate()?;
@@ -410,6 +420,7 @@ impl Handler for BalloonHandler {
                     // No more comes that would make anything whole.
                     self.flush();
                 }
+                self.retry();
                 self.ask()?;
                 self.look_at_target()
             }

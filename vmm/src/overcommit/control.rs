@@ -245,7 +245,8 @@ fn view(driven: &Driven<'_>, now_ms: u64) -> (BalloonReading, Option<GuestReadin
     let info = driven.balloon.viewer().info(driven.id);
     let balloon = BalloonReading {
         target: info.target,
-        actual: info.actual,
+        // As far as it has sent the pages.
+        actual: info.actual.min(info.given),
         driver: info.driver,
     };
     let sample = |name: &str| info.statistics.get(name).copied();

@@ -50,7 +50,7 @@ pub struct Limits {
 pub struct BalloonReading {
     /// What the guest is asked for.
     pub target: u64,
-    /// What it says it has given; its word.
+    /// What it says it has given, as far as it has sent the pages.
     pub actual: u64,
     /// Whether a driver runs the device.
     pub driver: bool,

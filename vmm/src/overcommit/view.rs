@@ -76,6 +76,8 @@ pub struct BalloonTotals {
     pub target: u64,
     /// Bytes it says it has given; its word.
     pub actual: u64,
+    /// Bytes of the pages that it has truly sent and not taken back, counted by us.
+    pub given: u64,
     /// Bytes given back to the host by inflating since boot, counted by us.
     pub inflated: u64,
     /// Bytes the guest has taken out again since boot.
@@ -333,6 +335,7 @@ fn balloon_totals(balloons: &[BalloonInfo]) -> BalloonTotals {
         count: u32::try_from(balloons.len()).unwrap_or(u32::MAX),
         target: sum(|balloon| balloon.target),
         actual: sum(|balloon| balloon.actual),
+        given: sum(|balloon| balloon.given),
         inflated: sum(|balloon| balloon.inflated),
         deflated: sum(|balloon| balloon.deflated),
         reported_free: sum(|balloon| balloon.reported_free),

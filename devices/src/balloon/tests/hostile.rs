@@ -69,7 +69,7 @@ fn a_driver_that_balloons_its_own_rings_hurts_itself_only() {
 
 #[test]
 fn a_lie_about_actual_is_shown_and_believed_by_nobody() {
-    let rig = Rig::started(0);
+    let mut rig = Rig::started(0);
     rig.balloon.set_target(10 * PAGE);
     rig.say_actual(u32::MAX);
     assert_eq!(rig.info().actual, u64::from(u32::MAX) * PAGE);
@@ -78,7 +78,8 @@ fn a_lie_about_actual_is_shown_and_believed_by_nobody() {
     // Nor can the target be overwritten.
     rig.driver.device_write(0, &[0xff; 16]);
     assert_eq!(rig.balloon.target_bytes(), 10 * PAGE);
-    // Going to and fro floods nobody.
+    // Going to and fro floods nobody, nor does one who is there for a while.
+    rig.send(INFLATE, &first_pages(10));
     for round in 0..100_000 {
         rig.say_actual(10 + round % 2);
     }
@@ -155,12 +156,30 @@ fn drivers_that_do_nothing_lie_or_send_rubbish_are_shown_as_stalled() {
     let beyond = (MEMORY as u64 / PAGE) as u32;
     let first = (FREE / PAGE) as u32;
     type Deed<'a> = &'a dyn Fn(&mut Rig);
-    let drivers: [(&str, Deed, u64); 6] = [
+    let drivers: [(&str, Deed, u64); 9] = [
         ("does nothing", &|_| {}, 0),
         (
             "gives less than nothing",
             &|rig| rig.say_actual(u32::MAX),
             0,
+        ),
+        (
+            "says at once that it is there",
+            &|rig| rig.say_actual(100),
+            0,
+        ),
+        (
+            "says that it is there, again and again",
+            &|rig| (1..200).for_each(|n| rig.say_actual(99 + n % 2)),
+            0,
+        ),
+        (
+            "says that it is there and has given one page many times",
+            &|rig| {
+                rig.send(INFLATE, &[first; 100]);
+                rig.say_actual(100);
+            },
+            PAGE,
         ),
         (
             "goes to and fro",
@@ -191,11 +210,35 @@ fn drivers_that_do_nothing_lie_or_send_rubbish_are_shown_as_stalled() {
         (name, rig, given)
     });
     for (name, mut rig, given) in rigs {
-        while rig.news().0 != BalloonNews::Stalled {}
+        loop {
+            match rig.news().0 {
+                BalloonNews::Stalled => break,
+                BalloonNews::Reached => panic!("{name}: it is not there"),
+                BalloonNews::Progress => {}
+            }
+        }
         let info = rig.info();
+        assert_eq!(info.given, given, "{name}");
         assert_eq!(info.state, State::Stalled, "{name}");
         assert_eq!((info.inflated, info.pending), (given, 0), "{name}");
         assert_eq!(info.target, 100 * PAGE, "{name}");
         rig.assert_well();
     }
+}
+
+#[test]
+fn a_liar_that_gives_the_pages_after_all_is_there_and_one_that_takes_them_in_silence_is_not() {
+    let mut rig = Rig::started(MUST_TELL_HOST);
+    rig.fill();
+    rig.balloon.set_target(100 * PAGE);
+    rig.say_actual(100);
+    assert_eq!(rig.info().state, State::InProgress);
+    rig.send(INFLATE, &first_pages(100));
+    assert_eq!(rig.info().state, State::Reached);
+    while rig.news().0 != BalloonNews::Reached {}
+    rig.send(DEFLATE, &first_pages(60));
+    let info = rig.info();
+    assert_eq!((info.state, info.given), (State::InProgress, 40 * PAGE));
+    assert_eq!(info.actual, 100 * PAGE);
+    while rig.news().0 != BalloonNews::Stalled {}
 }

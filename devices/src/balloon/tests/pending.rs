@@ -32,7 +32,10 @@ fn the_halves_of_a_huge_page_go_by_one_call() {
 fn what_is_left_over_goes_after_a_while_at_the_target_and_at_a_pause() {
     let ways: [fn(&Rig); 3] = [
         |_| {},
-        |rig| rig.say_actual(1000),
+        |rig| {
+            rig.balloon.set_target(6 * PAGE);
+            rig.say_actual(6);
+        },
         |rig| rig.balloon.workers[0].order(Order::Pause(Box::new(|| {}))),
     ];
     for way in ways {
@@ -91,16 +94,79 @@ fn a_reset_gives_back_what_waits() {
 }
 
 #[test]
-fn what_is_held_off_while_it_waits_is_counted_and_not_discarded() {
-    let mut rig = Rig::started(MUST_TELL_HOST);
+fn what_is_held_off_is_given_back_when_the_last_reason_is_gone() {
+    let mut rig = Rig::started(MUST_TELL_HOST | REPORTING);
     rig.balloon.set_target(1000 * PAGE);
     rig.fill();
-    let inhibition = rig.inhibitor.inhibit(Reason::Vfio);
+    let first = rig.inhibitor.inhibit(Reason::Vfio);
+    let second = rig.inhibitor.inhibit(Reason::DirtyLog);
     rig.send(INFLATE, &pages(0..4));
-    assert!(eventually(|| rig.info().inhibited.vfio == 4 * PAGE));
+    rig.send(INFLATE, &pages(512..1536));
+    assert!(eventually(|| rig.info().held_off == 1028 * PAGE));
+    assert_eq!(rig.info().inhibited.vfio, 1028 * PAGE);
+    // One that leaves the balloon meanwhile is the guest's; and a report is not repeated.
+    rig.send(DEFLATE, &pages(1..2));
+    let reported = FREE + (20 << 20);
+    rig.driver
+        .add(REPORT, &[Buffer::Writable(reported, 1 << 20)]);
+    rig.driver.kick(REPORT);
+    rig.driver.wait_used(REPORT);
+    drop(first);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!((rig.info().held_off, rig.info().inflated), (1027 * PAGE, 0));
+    drop(second);
+    assert!(eventually(|| rig.info().held_off == 0));
+    let start = FREE / PAGE;
+    assert!(rig.gone(start) && rig.gone(start + 3) && rig.gone(start + 1535));
+    assert!(!rig.gone(start + 1) && !rig.gone(start + 4) && !rig.gone(reported / PAGE));
+    let info = rig.info();
+    assert_eq!((info.retried, info.inflated), (1027 * PAGE, 1027 * PAGE));
+    assert_eq!(rig.balloon.counters()["retried_bytes"], 1027 * PAGE);
+    // Counted once, when it was held off.
+    assert_eq!(info.inhibited.vfio, (1028 * PAGE) + (1 << 20));
+    assert_eq!((info.given, info.inhibited.dirty_log), (1027 * PAGE, 0));
+}
+
+#[test]
+fn more_than_is_tried_again_at_once_is_all_given_back() {
+    let mut rig = Rig::started(MUST_TELL_HOST);
+    rig.fill();
+    let inhibition = rig.inhibitor.inhibit(Reason::LazyRestore);
+    let count = (MEMORY as u64 - FREE) / PAGE;
+    // Every other page: more pieces than one call takes.
+    let every_other: Vec<u32> = pages(0..count).into_iter().step_by(2).collect();
+    for chunk in every_other.chunks(1024) {
+        rig.send(INFLATE, chunk);
+    }
+    assert!(eventually(|| rig.info().held_off == count / 2 * PAGE));
     drop(inhibition);
-    assert_eq!((rig.info().pending, rig.info().inflated), (0, 0));
-    assert!(!rig.gone(FREE / PAGE));
+    assert!(eventually(|| rig.info().held_off == 0));
+    assert_eq!(rig.info().retried, count / 2 * PAGE);
+    assert!(rig.gone(FREE / PAGE + count - 2) && !rig.gone(FREE / PAGE + count - 1));
+}
+
+#[test]
+fn what_was_held_off_is_the_next_drivers_after_a_reset_and_without_the_promise_the_guests() {
+    let mut rig = Rig::started(MUST_TELL_HOST);
+    for promise in [MUST_TELL_HOST, 0] {
+        assert!(rig.driver.reset());
+        rig.driver.start(VERSION_1 | promise, 64);
+        rig.fill();
+        let inhibition = rig.inhibitor.inhibit(Reason::Vfio);
+        rig.send(INFLATE, &pages(0..4));
+        if promise != 0 {
+            assert!(eventually(|| rig.info().held_off == 4 * PAGE));
+            assert!(rig.driver.reset());
+            rig.driver.start(VERSION_1 | promise, 64);
+        }
+        assert_eq!(rig.info().held_off, 0);
+        drop(inhibition);
+        // It has looked when this is answered.
+        rig.send(DEFLATE, &pages(9..10));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!rig.gone(FREE / PAGE) && rig.info().retried == 0);
+    }
+    rig.assert_well();
 }
 
 #[test]

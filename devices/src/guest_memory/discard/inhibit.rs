@@ -2,12 +2,14 @@
 //!
 //! Whoever depends on pages staying as they are takes an [`Inhibition`] and keeps it for as long.
 //! Meanwhile nothing is discarded, and each byte that would have been is counted under the reason.
-//! One [`Inhibitor`] serves all balloons of a VM.
+//! Who has something to discard afterwards is woken when the last one lets go. One [`Inhibitor`]
+//! serves all balloons of a VM.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use serde::Serialize;
 use utoipa::ToSchema;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Why nothing may be discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -54,7 +56,14 @@ impl Held {
 
 /// Keeps guest RAM from being discarded, or lets it; clones are one and the same.
 #[derive(Clone, Debug, Default)]
-pub struct Inhibitor(Arc<RwLock<Held>>);
+pub struct Inhibitor(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    held: RwLock<Held>,
+    /// Who is woken when nothing holds discards off any more.
+    waiting: Mutex<Vec<Weak<EventFd>>>,
+}
 
 impl Inhibitor {
     /// Holds discards off until the result is dropped. What is being discarded just now is
@@ -66,6 +75,24 @@ impl Inhibitor {
             inhibitor: self.clone(),
             reason,
         }
+    }
+
+    /// From now on writes to `wake`, for as long as that is there, when nothing holds discards off
+    /// any more.
+    pub fn tell_of_release(&self, wake: &Arc<EventFd>) {
+        let mut waiting = self
+            .0
+            .waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Balloons come and go.
+        waiting.retain(|other| other.strong_count() > 0);
+        waiting.push(Arc::downgrade(wake));
+    }
+
+    /// Whether discards are held off now.
+    pub fn holds(&self) -> bool {
+        self.held().reasons().next().is_some()
     }
 
     /// The reasons that hold now.
@@ -84,11 +111,20 @@ impl Inhibitor {
     }
 
     fn held(&self) -> RwLockReadGuard<'_, Held> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.0.held.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn change(&self, change: impl FnOnce(&mut Held)) {
-        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
+        let held = self.0.held.write();
+        change(&mut held.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn tell(&self) {
+        let waiting = self.0.waiting.lock();
+        for wake in waiting.unwrap_or_else(PoisonError::into_inner).iter() {
+            // Fails only when the counter is full, and then it wakes anyway.
+            let _ = wake.upgrade().map(|wake| wake.write(1));
+        }
     }
 }
 
@@ -112,6 +148,9 @@ impl Drop for Inhibition {
             let count = held.count(self.reason);
             *count = count.saturating_sub(1);
         });
+        if !self.inhibitor.holds() {
+            self.inhibitor.tell();
+        }
     }
 }
 
@@ -136,6 +175,24 @@ mod tests {
         drop(second);
         assert_eq!(inhibitor.reasons(), []);
         assert!(inhibitor.enter().is_ok());
+    }
+
+    #[test]
+    fn whoever_waits_is_woken_by_the_last_that_lets_go() {
+        let inhibitor = Inhibitor::default();
+        let new = || Arc::new(EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap());
+        let (wake, gone) = (new(), new());
+        inhibitor.tell_of_release(&gone);
+        drop(gone);
+        inhibitor.tell_of_release(&wake);
+        assert_eq!(inhibitor.0.waiting.lock().unwrap().len(), 1);
+        let first = inhibitor.inhibit(Reason::Vfio);
+        let second = inhibitor.inhibit(Reason::DirtyLog);
+        drop(first);
+        assert!(wake.read().is_err() && inhibitor.holds());
+        drop(second);
+        assert_eq!(wake.read().unwrap(), 1);
+        assert!(!inhibitor.holds());
     }
 
     #[test]

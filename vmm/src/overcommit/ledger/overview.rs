@@ -53,6 +53,10 @@ pub struct Totals {
     pub actual: u64,
     /// Host memory they have now, of those that know.
     pub resident: u64,
+    /// What of them lies on the host's swap, of those that know.
+    pub swap: u64,
+    /// What KSM saves, less what that costs, of those that know; below 0 where it costs more.
+    pub ksm_profit: i64,
     /// What more could be guaranteed.
     pub free_for_guarantees: u64,
     /// Promised for each byte of memory.
@@ -128,9 +132,12 @@ impl Overview {
             (&mut totals.guaranteed, Some(reservation.fixed())),
             (&mut totals.actual, vm.record.measures.actual),
             (&mut totals.resident, vm.record.measures.resident),
+            (&mut totals.swap, vm.record.measures.swap),
         ] {
             *total = total.saturating_add(more.unwrap_or_default());
         }
+        let profit = vm.record.measures.ksm_profit.unwrap_or_default();
+        totals.ksm_profit = totals.ksm_profit.saturating_add(profit.cast_signed());
         self.vms.push(vm);
     }
 

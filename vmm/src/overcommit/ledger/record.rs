@@ -83,6 +83,8 @@ numbers! {
         balloon_target,
         /// Bytes that they have, as the guest says.
         balloon_actual,
+        /// Bytes of pages that the guest has truly sent to them and not taken back.
+        balloon_given,
         /// Bytes that the guest's programs could have without swapping.
         idle,
         /// Milliseconds since the guest told that, when the record was written.
@@ -348,6 +350,26 @@ mod tests {
         assert_eq!(json["ksm_profit"], -4096);
         assert_eq!(json["actual"], 300 << 20);
         assert_eq!(json.get("idle"), None);
+    }
+
+    #[test]
+    fn a_record_of_an_older_program_is_read_without_what_that_did_not_tell() {
+        let mut record = record();
+        record.measures.swap = Some(1);
+        let bytes = record.encode();
+        let text = std::str::from_utf8(&bytes[HEADER_BYTES..]).unwrap();
+        let old: String = text
+            .lines()
+            .filter(|line| !line.starts_with("swap=") && !line.starts_with("huge_pages="))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let mut body = old.into_bytes();
+        body.resize(RECORD_BYTES - HEADER_BYTES, b'\n');
+        let sum = crc32fast::hash(&body);
+        let mut file = format!("{MAGIC} {VERSION} {sum:08x}\n").into_bytes();
+        file.extend(body);
+        record.measures.swap = None;
+        assert_eq!(Record::decode(&file), Ok(record));
     }
 
     #[test]

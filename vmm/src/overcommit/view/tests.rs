@@ -21,6 +21,9 @@ fn balloon(target: u64, actual: u64) -> BalloonInfo {
         id: "b".to_owned(),
         target,
         actual,
+        given: actual / 2,
+        held_off: 0,
+        retried: 0,
         state: State::InProgress,
         rate: 0,
         driver: true,
@@ -99,8 +102,8 @@ fn promises_come_from_the_configuration_and_balloons_are_added_up() {
     );
     let totals = view.balloons;
     assert_eq!(
-        (totals.count, totals.target, totals.actual),
-        (2, u64::MAX, 21)
+        (totals.count, totals.target, totals.actual, totals.given),
+        (2, u64::MAX, 21, 10)
     );
     assert_eq!(
         (totals.inflated, totals.deflated, totals.reported_free),
