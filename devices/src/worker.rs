@@ -40,6 +40,8 @@ pub enum Order {
     Pause(Done),
     /// Go on.
     Resume,
+    /// Look at what the device's owner has left for it, paused or not.
+    Attend,
     /// End the thread, after finishing what is in flight.
     Stop,
 }
@@ -80,6 +82,10 @@ pub trait Handler: Send + 'static {
     fn quiesce(&mut self) -> Result<(), WorkerError>;
     /// Goes on after [`Handler::quiesce`]; serves what has come meanwhile.
     fn resume(&mut self) -> Result<(), WorkerError>;
+    /// Begins what the device's owner has left for it, where that is not the guest's work.
+    fn attend(&mut self) -> Result<(), WorkerError> {
+        Ok(())
+    }
     /// Finishes what is in flight and gives up the queues; never fails, but may drop results.
     fn reset(&mut self);
 }
@@ -270,6 +276,7 @@ impl<H: Handler> Loop<H> {
                 self.paused()
             }
             Order::Resume => Flow::Go,
+            Order::Attend => self.attempt(Handler::attend),
             Order::Stop => Flow::End,
         }
     }
@@ -291,6 +298,11 @@ impl<H: Handler> Loop<H> {
                     }
                 }
                 Ok(Order::Pause(done)) => done(),
+                Ok(Order::Attend) => {
+                    self.attempt(Handler::attend);
+                    // No descriptor is watched that would have it go on later.
+                    self.attempt(Handler::quiesce);
+                }
                 Ok(Order::Stop) | Err(_) => return Flow::End,
             }
         }

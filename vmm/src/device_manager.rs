@@ -260,9 +260,9 @@ impl DeviceManager {
     /// Makes a disk larger, and tells the guest.
     pub fn resize_disk(&self, id: &str, desired_size: u64) -> Result<(), Error> {
         let (transport, disk) = self.plugged_disk(id)?;
-        let before = disk.size_bytes();
         disk.grow(desired_size)?;
-        if disk.size_bytes() != before {
+        // Also where it has grown after an earlier request had stopped waiting for it.
+        if disk.has_new_size() {
             transport.change_config(|| disk.set_size());
         }
         Ok(())

@@ -42,8 +42,8 @@ pub struct ResumeDisk {
 /// Make a disk larger
 ///
 /// The image grows (a raw file is extended sparsely; a block device must be as large already), and
-/// the guest is told. A disk can't be made smaller. qcow2 images can't be resized yet while they
-/// are in use.
+/// the guest is told. A disk can't be made smaller. A qcow2 image that has internal snapshots can't
+/// be resized if it is of version 2, or if one of them does not record the size of the disk.
 #[utoipa::path(
     put, path = "/vm.resize-disk", operation_id = "resizeDisk", tag = "disks",
     request_body(content = ResizeDisk, description = "The disk and its size."),

@@ -32,12 +32,12 @@ use self::request::ID_BYTES;
 use self::shared::{Offer, Shared};
 use self::worker::{Common, QueueHandler};
 use crate::config::{BuildContext, BuildError, Invalid};
-use crate::disk::{self, Format, Image, OpenOptions, space};
+use crate::disk::{self, Format, Image, OpenOptions, SECTOR, space};
 use crate::rate_limiter::RateLimiter;
 use crate::sandbox::{Allow, COMMON, Filter, WORKER};
 use crate::timer;
 use crate::virtio::{VirtioDevice, config_space};
-use crate::worker::Worker;
+use crate::worker::{Order, Worker};
 
 /// VIRTIO_ID_BLOCK.
 const DEVICE_TYPE: u16 = 2;
@@ -156,9 +156,21 @@ impl Block {
             return refuse(format!("must be a multiple of {block}"));
         }
         if size_bytes > is {
-            self.image.grow(size_bytes)?;
+            // The first queue's thread is the one that owns the image's metadata.
+            let attend = || {
+                self.workers
+                    .iter()
+                    .take(1)
+                    .for_each(|w| w.order(Order::Attend))
+            };
+            self.image.grow(size_bytes, &attend)?;
         }
         Ok(())
+    }
+
+    /// Whether the image has another size than the driver was told.
+    pub fn has_new_size(&self) -> bool {
+        self.shared.capacity_sectors() != self.image.size_bytes() / SECTOR
     }
 
     /// Puts the size of the image into the configuration space. The transport must tell the driver

@@ -220,6 +220,12 @@ impl Handler for QueueHandler {
         }
     }
 
+    fn attend(&mut self) -> Result<(), WorkerError> {
+        let attended = self.engine.attend();
+        attended.map_err(|e| self.fail("attending to the disk", e))?;
+        self.collect()
+    }
+
     fn quiesce(&mut self) -> Result<(), WorkerError> {
         self.drain_engine()?;
         self.deliver()

@@ -60,8 +60,10 @@ pub trait Image: Send + Sync {
     fn info(&self) -> io::Result<ImageInfo>;
     /// Makes the disk larger: `size_bytes` is more than [`Image::size_bytes`] and a multiple of the
     /// logical block. Its queues take requests beyond the old end from then on. On failure nothing
-    /// is changed; a refusal names the field `desired_size`. Called on the VMM thread.
-    fn grow(&self, _size_bytes: u64) -> Result<(), BuildError> {
+    /// is changed; a refusal names the field `desired_size`. Where it is the thread of a queue that
+    /// does it, `attend` is called to have that thread call [`Queue::attend`]. Called on the VMM
+    /// thread.
+    fn grow(&self, _size_bytes: u64, _attend: &dyn Fn()) -> Result<(), BuildError> {
         let reason = "not supported yet: resizing images of this format while they are in use";
         Err(Invalid::new("desired_size", reason).into())
     }
@@ -210,6 +212,11 @@ pub trait Queue: Send {
     fn descriptor(&self) -> Option<RawFd>;
     /// Makes the descriptor unreadable until the next completion; to be called before `poll`.
     fn acknowledge(&mut self);
+    /// Takes what the image, on its own thread, wants of the queue, and begins it; it goes on as
+    /// requests do, and counts as held.
+    fn attend(&mut self) -> io::Result<()> {
+        Ok(())
+    }
     /// The system calls its thread needs for it.
     fn syscalls(&self) -> &'static [Allow];
 }

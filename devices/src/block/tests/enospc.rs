@@ -469,9 +469,12 @@ fn a_thin_image_that_lacks_space_waits_and_is_sound_after_that() {
         disk.wait_held(0);
         assert_eq!(disk.outcomes(), [HoldOutcome::Done], "{setup:?}");
         assert_eq!(disk.flush(), OK);
-        assert!(disk.block.grow(2 * SIZE).is_err(), "not supported yet");
+        disk.block.grow(2 * SIZE).unwrap();
         let info = disk.block.info("disk").unwrap();
-        assert_eq!((info.virtual_size, info.cluster_size), (SIZE, Some(65536)));
+        assert_eq!(
+            (info.virtual_size, info.cluster_size),
+            (2 * SIZE, Some(65536))
+        );
         drop(disk);
         qemu::img(&format!("check -q -f qcow2 {}", path.display()));
         let content = qemu::content(&path);

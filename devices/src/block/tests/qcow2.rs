@@ -1,5 +1,7 @@
 //! A thin disk, its threads inside their real filters.
 
+use serde_json::json;
+
 use super::*;
 use crate::block::ImageType;
 use crate::disk::qcow2::tests::qemu;
@@ -190,4 +192,67 @@ fn what_is_not_built_for_thin_disks_is_refused() {
     config.num_queues = 1;
     let refused = build(&config).err().unwrap().to_string();
     assert!(refused.contains("it is not a qcow2 image"), "{refused}");
+}
+
+#[test]
+fn a_thin_disk_grows_while_the_guest_uses_it_and_while_it_stands_still() {
+    for setup in setups() {
+        let Some(folder) = qemu::folder() else { return };
+        // One L2 table describes 2 MiB.
+        let options = "cluster_size=4k";
+        let path = qemu::create(folder.path(), "thin.qcow2", options, SIZE);
+        let mut disk = Disk::on(&path, setup, json!({"image_type": "Qcow2"}));
+        let end = SIZE / 512;
+        assert_eq!(disk.write(0, &[1; 4096]), OK);
+        assert_eq!(disk.write(end, &[3; 4096]), IOERR);
+        for size in [SIZE - 4096, SIZE + 1, 1 << 60, u64::MAX] {
+            assert!(disk.block.grow(size).is_err(), "{size}");
+        }
+        disk.block.grow(2 * SIZE).unwrap();
+        assert!(disk.block.has_new_size());
+        assert_eq!(disk.write(end, &[3; 4096]), IOERR, "it was not told");
+        disk.block.set_size();
+        assert!(!disk.block.has_new_size());
+        assert_eq!(disk.write(end, &[3; 4096]), OK);
+        disk.pause();
+        disk.block.grow(32 * SIZE).unwrap();
+        disk.block.set_size();
+        disk.worker().order(Order::Resume);
+        assert_eq!(disk.write(32 * end - 8, &[4; 4096]), OK);
+        disk.reset();
+        disk.block.grow(33 * SIZE).unwrap();
+        drop(disk);
+        qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+        let content = qemu::content(&path);
+        assert_eq!(content.len() as u64, 33 * SIZE);
+        let mut expected = vec![0; content.len()];
+        expected[..4096].fill(1);
+        expected[SIZE as usize..][..4096].fill(3);
+        expected[32 * SIZE as usize - 4096..][..4096].fill(4);
+        assert!(content == expected);
+    }
+}
+
+#[test]
+fn a_thin_disk_whose_snapshots_do_not_say_how_large_it_was_keeps_its_size() {
+    let Some(folder) = qemu::folder() else { return };
+    for (name, options, grows) in [("two", "compat=0.10", false), ("three", "compat=1.1", true)] {
+        let path = qemu::create(folder.path(), name, options, SIZE);
+        for snapshot in ["first", "second one"] {
+            qemu::run(
+                "qemu-img",
+                &["snapshot", "-c", snapshot, path.to_str().unwrap()],
+            );
+        }
+        let setup = setups().next().unwrap();
+        let disk = Disk::on(&path, setup, json!({"image_type": "Qcow2"}));
+        let info = disk.block.info("disk").unwrap();
+        let names = ["first".to_owned(), "second one".to_owned()];
+        assert_eq!(info.snapshots.as_deref(), Some(&names[..]));
+        let grown = disk.block.grow(2 * SIZE);
+        assert_eq!(grown.is_ok(), grows, "{grown:?}");
+        if let Err(error) = grown {
+            assert!(error.to_string().contains("desired_size"), "{error}");
+        }
+    }
 }

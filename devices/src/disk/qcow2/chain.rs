@@ -17,6 +17,7 @@ use super::super::lock::ImageLock;
 use super::super::open::{HostFile, open_file};
 use super::super::{Format, Geometry, OpenOptions};
 use super::cache::{SliceCache, SliceKey};
+use super::details::{self, ReadError, Snapshot};
 use super::header::{self, Backing, Header, MAX_CLUSTER, Unusable};
 use super::map::{Compressed, Layout, Mapping};
 use crate::config::{BuildError, Invalid};
@@ -25,6 +26,8 @@ use crate::config::{BuildError, Invalid};
 const MAX_DEPTH: usize = 64;
 /// The most bytes of L1 tables in a chain: twice what the largest image has.
 const MAX_L1_BYTES: usize = 64 << 20;
+/// Bytes of a table of snapshots that are read at a time: more than any of them has.
+const SNAPSHOT_PIECE: usize = 256 << 10;
 /// The most bytes of L2 slices kept in memory.
 const CACHE_BYTES: usize = 32 << 20;
 
@@ -59,6 +62,11 @@ struct Tables {
 }
 
 impl Layer {
+    /// Size of the disk that it is.
+    pub fn disk_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
     /// How the image divides the disk; `None` for a raw image.
     pub fn layout(&self) -> Option<&Layout> {
         self.tables.as_ref().map(|tables| &tables.layout)
@@ -98,6 +106,7 @@ pub struct Top {
     pub geometry: Geometry,
     pub serial: String,
     pub header: Header,
+    pub snapshots: Vec<Snapshot>,
 }
 
 impl Chain {
@@ -126,6 +135,7 @@ impl Chain {
                         top = Some(Top {
                             geometry: host.geometry,
                             serial: host.serial.clone(),
+                            snapshots: read_snapshots(&host, &header, &path)?,
                             header: header.clone(),
                         });
                     }
@@ -298,6 +308,37 @@ fn read_l1(host: &HostFile, header: &Header, path: &Path) -> Result<Box<[u64]>, 
     }
     let (entries, _) = bytes.as_chunks();
     Ok(entries.iter().copied().map(u64::from_be_bytes).collect())
+}
+
+/// Those inside an image, as its table has them; the table is read in pieces.
+fn read_snapshots(
+    host: &HostFile,
+    header: &Header,
+    path: &Path,
+) -> Result<Vec<Snapshot>, BuildError> {
+    let (mut start, mut piece) = (0, Vec::new());
+    let fill = |bytes: &mut [u8], offset: u64| {
+        let within = |piece: &[u8], start: u64| {
+            let at = usize::try_from(offset.checked_sub(start)?).ok()?;
+            let found = piece.get(at..)?.get(..bytes.len())?;
+            Some(found.to_vec())
+        };
+        let found = match within(&piece, start) {
+            Some(found) => found,
+            None => {
+                (start, piece) = (offset, read(host, offset, SNAPSHOT_PIECE)?);
+                within(&piece, start).ok_or(Unusable::TooShort("snapshot table"))?
+            }
+        };
+        bytes.copy_from_slice(&found);
+        Ok(())
+    };
+    let writing = &header.writing;
+    match details::snapshots(writing.snapshots_offset, writing.snapshots, fill) {
+        Ok((snapshots, _)) => Ok(snapshots),
+        Err(ReadError::Unusable(unusable)) => Err(refused(path, unusable.to_string())),
+        Err(ReadError::Io(error)) => Err(failed(path, error)),
+    }
 }
 
 fn read(host: &HostFile, offset: u64, len: usize) -> io::Result<Vec<u8>> {

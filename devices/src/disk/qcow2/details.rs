@@ -36,6 +36,8 @@ pub struct Snapshot {
     pub date_nsec: u32,
     pub vm_clock_nsec: u64,
     pub vm_state_size: u64,
+    /// Size that the disk had, where that is recorded.
+    pub disk_size: Option<u64>,
     /// Guest instructions that had been executed.
     pub icount: Option<u64>,
     pub l1_offset: u64,
@@ -144,43 +146,11 @@ impl Details {
 
     fn read_snapshots(&mut self, file: &File, count: u32) -> Result<(), ReadError> {
         let start = self.snapshot_table.0;
-        let mut at = start;
-        for _ in 0..count {
-            at = at.next_multiple_of(8);
-            let mut fixed = [0; 40];
-            read_exact(file, &mut fixed, at, "snapshot table")?;
-            let field = Fields(&fixed);
-            let (id_len, name_len) = (field.u16(12)?, field.u16(14)?);
-            let extra_len = field.u32(36)?;
-            if extra_len > MAX_EXTRA {
-                return Err(damaged(format!("a snapshot has {extra_len} extra bytes")));
-            }
-            let rest_len = extra_len as usize + usize::from(id_len) + usize::from(name_len);
-            let mut rest = vec![0; rest_len];
-            read_exact(file, &mut rest, at + 40, "snapshot table")?;
-            let (extra, names) = rest.split_at(extra_len as usize);
-            let (id, name) = names.split_at(id_len.into());
-            let extra = Fields(extra);
-            self.snapshots.push(Snapshot {
-                id: String::from_utf8_lossy(id).into_owned(),
-                name: String::from_utf8_lossy(name).into_owned(),
-                date_sec: field.u32(16)?,
-                date_nsec: field.u32(20)?,
-                vm_clock_nsec: field.u64(24)?,
-                vm_state_size: match extra.u64(0) {
-                    Ok(large) => large,
-                    Err(_) => field.u32(32)?.into(),
-                },
-                icount: extra.u64(16).ok().filter(|count| *count != u64::MAX),
-                l1_offset: field.u64(0)?,
-                l1_entries: field.u32(8)?.into(),
-            });
-            at += 40 + rest_len as u64;
-            if at - start > MAX_SNAPSHOT_TABLE {
-                return Err(damaged("its snapshot table is too long".into()));
-            }
-        }
-        self.snapshot_table = (start, at - start);
+        let (snapshots, len) = snapshots(start, count, |bytes, offset| {
+            read_exact(file, bytes, offset, "snapshot table")
+        })?;
+        self.snapshots = snapshots;
+        self.snapshot_table = (start, len);
         // Tables that lie apart fit into the file together.
         let total: u64 = self.snapshots.iter().map(|s| s.l1_entries * 8).sum();
         if total > self.file_bytes {
@@ -240,6 +210,54 @@ impl Details {
         self.bitmap_directory = (offset, len);
         Ok(())
     }
+}
+
+/// The snapshots of a table of `count` that begins at `start`, and how many bytes it has. `read`
+/// fills bytes from an offset of the file on.
+pub fn snapshots(
+    start: u64,
+    count: u32,
+    mut read: impl FnMut(&mut [u8], u64) -> Result<(), ReadError>,
+) -> Result<(Vec<Snapshot>, u64), ReadError> {
+    let mut snapshots = Vec::new();
+    let mut at = start;
+    for _ in 0..count {
+        at = at.next_multiple_of(8);
+        let mut fixed = [0; 40];
+        read(&mut fixed, at)?;
+        let field = Fields(&fixed);
+        let (id_len, name_len) = (field.u16(12)?, field.u16(14)?);
+        let extra_len = field.u32(36)?;
+        if extra_len > MAX_EXTRA {
+            return Err(damaged(format!("a snapshot has {extra_len} extra bytes")));
+        }
+        let rest_len = extra_len as usize + usize::from(id_len) + usize::from(name_len);
+        let mut rest = vec![0; rest_len];
+        read(&mut rest, at + 40)?;
+        let (extra, names) = rest.split_at(extra_len as usize);
+        let (id, name) = names.split_at(id_len.into());
+        let extra = Fields(extra);
+        snapshots.push(Snapshot {
+            id: String::from_utf8_lossy(id).into_owned(),
+            name: String::from_utf8_lossy(name).into_owned(),
+            date_sec: field.u32(16)?,
+            date_nsec: field.u32(20)?,
+            vm_clock_nsec: field.u64(24)?,
+            vm_state_size: match extra.u64(0) {
+                Ok(large) => large,
+                Err(_) => field.u32(32)?.into(),
+            },
+            disk_size: extra.u64(8).ok(),
+            icount: extra.u64(16).ok().filter(|count| *count != u64::MAX),
+            l1_offset: field.u64(0)?,
+            l1_entries: field.u32(8)?.into(),
+        });
+        at += 40 + rest_len as u64;
+        if at - start > MAX_SNAPSHOT_TABLE {
+            return Err(damaged("its snapshot table is too long".into()));
+        }
+    }
+    Ok((snapshots, at - start))
 }
 
 /// The data of a header extension.

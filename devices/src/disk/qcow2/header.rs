@@ -12,7 +12,8 @@ const MAGIC: &[u8] = b"QFI\xfb";
 const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 
-const MAX_L1_BYTES: u64 = 32 << 20;
+/// The longest L1 table.
+pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// The longest refcount table.
 pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
@@ -84,6 +85,8 @@ pub struct Writing {
     pub refcount_table_clusters: u32,
     /// Where the snapshot table begins; 0 where there are no snapshots.
     pub snapshots_offset: u64,
+    /// How many there are.
+    pub snapshots: u32,
     /// Whether the refcounts may be wrong: somebody who writes them lazily did not end well.
     pub dirty: bool,
     /// Features that a writer must clear where it does not keep them up.
@@ -180,6 +183,7 @@ impl Header {
             refcount_table_offset: fields.u64(48)?,
             refcount_table_clusters: fields.u32(56)?,
             snapshots_offset,
+            snapshots: fields.u32(60)?,
             dirty: features & DIRTY != 0,
             autoclear: if version == 3 { fields.u64(88)? } else { 0 },
         };

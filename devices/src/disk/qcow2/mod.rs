@@ -41,14 +41,17 @@ pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
 use self::chain::Chain;
+use self::details::Snapshot;
+use self::header::Header;
 use self::map::Layout;
 use self::queue::ChainQueue;
-use self::write::Writable;
+use self::write::{Control, GrowError, Writable};
 use super::{BackingInfo, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR};
 use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
@@ -62,10 +65,19 @@ pub struct Qcow2Image {
     /// `None` for an image that is only read.
     writable: Option<Mutex<Option<Writable>>>,
     top_file: Arc<File>,
+    /// What the queue of an image that is written to shares with it.
+    control: Option<Arc<Control>>,
+    snapshots: Vec<String>,
+    /// Why it can't have another size.
+    size_fixed: Option<&'static str>,
+    path: PathBuf,
     geometry: Geometry,
     serial: String,
     disable_io_uring: bool,
 }
+
+/// Names of snapshots that are told.
+const TOLD_SNAPSHOTS: usize = 1024;
 
 impl Qcow2Image {
     /// Opens and locks all of the chain.
@@ -94,15 +106,24 @@ impl Qcow2Image {
             discard_granularity: unit.map_or(SECTOR, Layout::unit_bytes) as u32,
         };
         let chain = Arc::new(chain);
+        let size_fixed = size_fixed(&top.header, &top.snapshots);
+        let names = top.snapshots.iter().take(TOLD_SNAPSHOTS);
+        let snapshots = names.map(|s| s.name.clone()).collect();
+        let mut control = None;
         let writable = match options.readonly {
             true => None,
             false => {
                 let writable = Writable::open(chain.clone(), &top, &options.path)?;
+                control = Some(writable.control());
                 Some(Mutex::new(Some(writable)))
             }
         };
         Ok(Self {
             geometry,
+            control,
+            snapshots,
+            size_fixed,
+            path: options.path.clone(),
             writable,
             chain,
             top_file,
@@ -112,9 +133,27 @@ impl Qcow2Image {
     }
 }
 
+/// Why a disk with these snapshots keeps its size: what does not record how large the disk was
+/// takes it to be as large as it is. (QEMU refuses version 2.)
+fn size_fixed(header: &Header, snapshots: &[Snapshot]) -> Option<&'static str> {
+    match snapshots {
+        [] => None,
+        _ if header.version < 3 => {
+            Some("an image of version 2 that has snapshots can't be resized")
+        }
+        all if all.iter().any(|s| s.disk_size.is_none()) => {
+            Some("a snapshot in it does not record the size of the disk, so it can't be resized")
+        }
+        _ => None,
+    }
+}
+
 impl Image for Qcow2Image {
     fn size_bytes(&self) -> u64 {
-        self.chain.size_bytes()
+        match &self.control {
+            Some(control) => control.size_bytes(),
+            None => self.chain.size_bytes(),
+        }
     }
 
     fn geometry(&self) -> Geometry {
@@ -141,8 +180,24 @@ impl Image for Qcow2Image {
         });
         Ok(ImageInfo {
             backing: backing.collect(),
+            snapshots: Some(self.snapshots.clone()),
             cluster_bytes: layout.map(|layout| layout.cluster_bytes() as u64),
             ..ImageInfo::new(Format::Qcow2, self.size_bytes())
+        })
+    }
+
+    fn grow(&self, size_bytes: u64, attend: &dyn Fn()) -> Result<(), BuildError> {
+        let path = self.path.display();
+        let refuse = |reason: String| BuildError::from(Invalid::new("desired_size", reason));
+        let Some(control) = &self.control else {
+            return Err(refuse(format!("{path} is open for reading only")));
+        };
+        if let Some(reason) = self.size_fixed {
+            return Err(refuse(format!("{path}: {reason}")));
+        }
+        control.grow(size_bytes, attend).map_err(|e| match e {
+            GrowError::Refused(reason) => refuse(format!("{path}: {reason}")),
+            GrowError::Host(error) => BuildError::host(format!("growing {path}"), error),
         })
     }
 

@@ -134,7 +134,7 @@ impl Image for RawImage {
         Ok(ImageInfo::new(Format::Raw, self.size_bytes()))
     }
 
-    fn grow(&self, size_bytes: u64) -> Result<(), BuildError> {
+    fn grow(&self, size_bytes: u64, _attend: &dyn Fn()) -> Result<(), BuildError> {
         let file = &*self.host.file;
         let path = self.path.display();
         let refuse = |reason: String| BuildError::from(Invalid::new("desired_size", reason));

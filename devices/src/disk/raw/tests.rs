@@ -378,14 +378,14 @@ fn what_the_kernel_puts_off_is_tried_again_but_not_for_ever() {
 fn a_raw_image_grows_and_a_device_only_as_far_as_it_goes() {
     let engine = engine(&folder(), true, false);
     assert_eq!(engine._image.info().unwrap().virtual_bytes, SIZE);
-    engine._image.grow(SIZE * 2).unwrap();
+    engine._image.grow(SIZE * 2, &|| ()).unwrap();
     assert_eq!(engine._image.size_bytes(), SIZE * 2);
     assert_eq!(engine.file.as_file().metadata().unwrap().len(), SIZE * 2);
     // Somebody else made it larger already.
     engine.file.as_file().set_len(SIZE * 4).unwrap();
-    engine._image.grow(SIZE * 3).unwrap();
+    engine._image.grow(SIZE * 3, &|| ()).unwrap();
     assert_eq!(engine.file.as_file().metadata().unwrap().len(), SIZE * 4);
-    match engine._image.grow(1 << 63) {
+    match engine._image.grow(1 << 63, &|| ()) {
         Err(BuildError::Invalid(invalid)) => assert_eq!(invalid.field, "desired_size"),
         other => panic!("{other:?}"),
     }
@@ -400,7 +400,10 @@ fn a_raw_image_grows_and_a_device_only_as_far_as_it_goes() {
         backing_files: false,
     })
     .unwrap();
-    assert!(matches!(image.grow(SIZE * 2), Err(BuildError::Invalid(_))));
+    assert!(matches!(
+        image.grow(SIZE * 2, &|| ()),
+        Err(BuildError::Invalid(_))
+    ));
     assert_eq!(image.size_bytes(), SIZE);
 }
 

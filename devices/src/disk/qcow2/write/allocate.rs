@@ -30,6 +30,8 @@ use super::pages::Kind;
 
 /// Allocated ahead.
 const AHEAD: u64 = 16 << 20;
+/// Offset of the number of L1 entries in the header, followed by the place of the table.
+const L1_TABLE: usize = 36;
 /// Offset of the refcount table's place in the header, followed by its length in clusters.
 const REFCOUNT_TABLE: usize = 48;
 
@@ -254,7 +256,7 @@ impl Engine {
         let offset = run.first << bits;
         let slot = usize::try_from(block).unwrap_or(usize::MAX);
         if slot >= locked(&self.tables).refcounts.len() {
-            return self.grow_table(block).await;
+            return self.move_tables(block, None).await;
         }
         locked(&self.tables).free.take(run.first, 1);
         let written = self.write_block(offset, run.first).await;
@@ -304,8 +306,21 @@ impl Engine {
         self.sync().await
     }
 
-    /// Moves the refcount table to the end of the file, with room for `block`.
-    async fn grow_table(&self, block: u64) -> io::Result<()> {
+    /// Gives the L1 table so many entries. Crash-safe: the header names either table, and both are
+    /// whole.
+    pub async fn grow_l1(&self, entries: u64) -> io::Result<()> {
+        let _baton = self.allocating.only().await;
+        self.alive()?;
+        if entries <= locked(&self.tables).l1.len() as u64 {
+            return Ok(());
+        }
+        self.move_tables(0, Some(entries)).await
+    }
+
+    /// Moves the refcount table to the end of the file, with room for `block`, and where so many
+    /// entries are given the L1 table too: one write of the header names both. With `allocating`
+    /// held.
+    async fn move_tables(&self, block: u64, l1_entries: Option<u64>) -> io::Result<()> {
         let cluster = self.cluster_bytes();
         let bits = self.layout.cluster_bits;
         let (start, old, old_offset) = {
@@ -313,16 +328,20 @@ impl Engine {
             let start = tables.end >> bits;
             (start, tables.refcounts.clone(), tables.refcounts_offset)
         };
-        // How many clusters the table and the blocks need that describe them all.
+        let l1_clusters = (l1_entries.unwrap_or(0) * 8).div_ceil(cluster);
+        // How many clusters the tables and the blocks need that describe them all.
         let (mut table_clusters, mut missing) = (0, Vec::new());
         loop {
-            let count = table_clusters + missing.len() as u64;
+            let count = table_clusters + missing.len() as u64 + l1_clusters;
             let (first, _) = self.widths.place(start);
             let (last, _) = self.widths.place(start + count.max(1) - 1);
             let blocks: Vec<u64> = (first..=last)
                 .filter(|block| old.get(*block as usize).is_none_or(|entry| *entry == 0))
                 .collect();
-            let entries = with_room(last.max(block) + 1, old.len() as u64);
+            let entries = match l1_entries {
+                None => with_room(last.max(block) + 1, old.len() as u64),
+                Some(_) => (last + 1).max(old.len() as u64),
+            };
             let clusters = (entries * 8).div_ceil(cluster);
             if (clusters, blocks.len()) == (table_clusters, missing.len()) {
                 break;
@@ -332,7 +351,7 @@ impl Engine {
         if table_clusters * cluster > MAX_REFCOUNT_TABLE_BYTES {
             return Err(Errno::FBIG.into());
         }
-        let count = table_clusters + missing.len() as u64;
+        let count = table_clusters + missing.len() as u64 + l1_clusters;
         self.extend_by(start, count).await?;
         locked(&self.tables).end = (start + count) << bits;
         let whole = Run {
@@ -348,8 +367,20 @@ impl Engine {
                 *entry = number << bits;
             }
         }
+        let l1_offset = (start + count - l1_clusters) << bits;
+        let l1 = l1_entries.map(|entries| {
+            let mut l1 = locked(&self.tables).l1.clone();
+            l1.resize(entries as usize, 0);
+            l1
+        });
         let mut taken = Vec::new();
-        let parts = (&table[..], whole, table_clusters, &missing[..]);
+        let parts = Parts {
+            table: &table,
+            whole,
+            table_clusters,
+            missing: &missing,
+            l1: l1.as_deref().map(|l1| (l1_offset, l1)),
+        };
         if let Err(error) = self.write_table(parts, &mut taken).await {
             for cluster in taken
                 .iter()
@@ -364,6 +395,11 @@ impl Engine {
             let field = &mut header[REFCOUNT_TABLE..REFCOUNT_TABLE + 12];
             field[..8].copy_from_slice(&(start << bits).to_be_bytes());
             field[8..].copy_from_slice(&(table_clusters as u32).to_be_bytes());
+            if let Some(l1) = &l1 {
+                let field = &mut header[L1_TABLE..L1_TABLE + 12];
+                field[..4].copy_from_slice(&(l1.len() as u32).to_be_bytes());
+                field[4..].copy_from_slice(&l1_offset.to_be_bytes());
+            }
         });
         let switched = match self.write_header(header).await {
             Ok(()) => self.sync().await,
@@ -376,11 +412,18 @@ impl Engine {
         let mut tables = locked(&self.tables);
         tables.refcounts = table;
         tables.refcounts_offset = start << bits;
-        let old_clusters = (old.len() as u64 * 8).div_ceil(cluster);
-        for number in 0..old_clusters {
-            let offset = old_offset + number * cluster;
-            tables.reserved.remove(&offset);
-            tables.unlinked.push(offset);
+        let mut given_up = vec![(old_offset, old.len() as u64)];
+        if let Some(l1) = l1 {
+            given_up.push((tables.l1_offset, tables.l1.len() as u64));
+            tables.l1 = l1;
+            tables.l1_offset = l1_offset;
+        }
+        for (first, entries) in given_up {
+            for number in 0..(entries * 8).div_ceil(cluster) {
+                let offset = first + number * cluster;
+                tables.reserved.remove(&offset);
+                tables.unlinked.push(offset);
+            }
         }
         for offset in (start..start + count).map(|number| number << bits) {
             tables.reserved.insert(offset);
@@ -388,12 +431,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes a new refcount table and the blocks behind it, and everything that they rest on.
-    async fn write_table(
-        &self,
-        (table, whole, table_clusters, missing): (&[u64], Run, u64, &[u64]),
-        taken: &mut Vec<(u64, u64)>,
-    ) -> io::Result<()> {
+    /// Writes new tables and the refcount blocks between them, and everything that they rest on.
+    async fn write_table(&self, parts: Parts<'_>, taken: &mut Vec<(u64, u64)>) -> io::Result<()> {
+        let Parts {
+            table,
+            whole,
+            table_clusters,
+            missing,
+            l1,
+        } = parts;
         let bits = self.layout.cluster_bits;
         for (number, block) in (whole.first + table_clusters..).zip(missing) {
             let mut bytes = vec![0; self.layout.cluster_bytes()];
@@ -412,6 +458,12 @@ impl Engine {
         let bytes: Vec<u8> = table.iter().flat_map(|e| e.to_be_bytes()).collect();
         let len = bytes.len() as u64;
         self.write_own(whole.first << bits, &[&bytes], len).await?;
+        if let Some((offset, l1)) = l1 {
+            // It stays as it is: who changes the L1 table has `allocating`.
+            let bytes: Vec<u8> = l1.iter().flat_map(|e| e.to_be_bytes()).collect();
+            let len = (bytes.len() as u64).next_multiple_of(self.cluster_bytes());
+            self.write_own(offset, &[&bytes], len).await?;
+        }
         let mut at = whole.first;
         while at < whole.first + whole.count {
             let rest = Run {
@@ -506,6 +558,16 @@ impl Engine {
         let bytes = memory.bytes();
         self.write_own(to, &[bytes], bytes.len() as u64).await
     }
+}
+
+/// Tables that are about to be moved to the end of the file: the refcount table, blocks that it
+/// does not have yet, and maybe the L1 table.
+struct Parts<'a> {
+    table: &'a [u64],
+    whole: Run,
+    table_clusters: u64,
+    missing: &'a [u64],
+    l1: Option<(u64, &'a [u64])>,
 }
 
 /// Entries of a refcount table that needs `needed` and has had `old`: some more, where the format

@@ -19,6 +19,7 @@ use super::super::chain::{Alignment, Chain, Found, Lookup, enclosing};
 use super::super::decompress::Inflated;
 use super::super::header::CORRUPT;
 use super::super::map::{Corrupt, Layout, Mapping, Place};
+use super::control::Control;
 use super::extents::Extents;
 use super::io::{HostOp, Io, Kind as Do, Ticket};
 use super::lock::{RangeLock, locked};
@@ -90,6 +91,10 @@ pub struct Engine {
     /// Bounds the memory of copies on their way.
     pub copies: RangeLock,
     pub inflated: Mutex<Inflated>,
+    /// Taken by whoever changes the size of the disk; before all others.
+    pub resizing: RangeLock,
+    /// Shared with the image, on another thread.
+    pub control: Arc<Control>,
 }
 
 /// Operations under way for one request.

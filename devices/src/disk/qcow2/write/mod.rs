@@ -7,6 +7,7 @@
 //!   request ── what a request does        lock ────── who waits for whom
 //!   engine ─── tables in memory, reads    allocate ── free space, refcounts
 //!   flush ──── what is written when       open ────── what is found out before the first request
+//!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   cluster, refcounts, extents, pages ── pure
 //! ```
 //!
@@ -16,9 +17,11 @@
 
 mod allocate;
 mod cluster;
+mod control;
 mod engine;
 mod extents;
 mod flush;
+mod grow;
 mod io;
 mod lock;
 mod open;
@@ -29,6 +32,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
+pub use control::{Control, GrowError};
 pub use open::Writable;
 pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 

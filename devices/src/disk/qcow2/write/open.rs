@@ -15,6 +15,7 @@ use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
 use super::super::header::{Header, OFFSET_LIMIT};
 use super::super::map::Layout;
 use super::CACHE_BYTES;
+use super::control::Control;
 use super::engine::{Engine, Tables};
 use super::extents::{Extents, Run};
 use super::io::{Backend, HostFile, Io, OPERATIONS};
@@ -36,6 +37,7 @@ pub struct Writable {
     widths: Widths,
     block_bytes: u64,
     tables: Tables,
+    control: Arc<Control>,
 }
 
 impl Writable {
@@ -110,9 +112,15 @@ impl Writable {
             layout,
             widths,
             block_bytes,
+            control: Arc::new(Control::new(header.size_bytes)),
             tables,
             chain,
         })
+    }
+
+    /// What the image keeps of it when the queue is open.
+    pub fn control(&self) -> Arc<Control> {
+        self.control.clone()
     }
 
     /// The only queue there is for it.
@@ -171,6 +179,8 @@ impl Writable {
             flushing: RangeLock::default(),
             copies: RangeLock::default(),
             inflated: Mutex::default(),
+            resizing: RangeLock::default(),
+            control: self.control,
             chain: self.chain,
         }
     }

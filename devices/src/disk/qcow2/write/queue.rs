@@ -48,7 +48,8 @@ pub const SYNC_SYSCALLS: &[Allow] = &[
 type Work = Pin<Box<dyn Future<Output = (io::Result<()>, Buffers)> + Send>>;
 
 struct Task {
-    tag: u16,
+    /// Of the request; none where it is work of our own.
+    tag: Option<u16>,
     work: Option<Work>,
 }
 
@@ -77,20 +78,30 @@ pub struct WriteQueue {
     engine: Arc<Engine>,
     has_ring: bool,
     closed: bool,
+    /// Tasks that are no requests.
+    own: usize,
 }
+
+/// The most of them.
+const OWN: usize = 4;
 
 impl WriteQueue {
     /// The queue of an engine, which holds up to `depth` requests.
     pub fn new(engine: Arc<Engine>, depth: u16) -> Self {
         // One more, to close the image.
-        let count = usize::from(depth) + 1;
+        let count = usize::from(depth) + OWN + 1;
         let ready = Ready::default();
         let waker = |number| {
             let ready = ready.clone();
             Waker::from(Arc::new(TaskWaker { number, ready }))
         };
         Self {
-            tasks: (0..count).map(|_| Task { tag: 0, work: None }).collect(),
+            tasks: (0..count)
+                .map(|_| Task {
+                    tag: None,
+                    work: None,
+                })
+                .collect(),
             wakers: (0..count).map(waker).collect(),
             ready,
             free: (0..count).rev().collect(),
@@ -99,13 +110,15 @@ impl WriteQueue {
             has_ring: engine.io.ring_descriptor().is_some(),
             engine,
             closed: false,
+            own: 0,
         }
     }
 
-    fn spawn(&mut self, tag: u16, work: Work) {
+    fn spawn(&mut self, tag: Option<u16>, work: Work) {
         let Some(number) = self.free.pop() else {
             return;
         };
+        self.own += usize::from(tag.is_none());
         self.tasks[number] = Task {
             tag,
             work: Some(work),
@@ -140,11 +153,20 @@ impl WriteQueue {
         };
         task.work = None;
         self.free.push(number);
-        self.done.push(Completion {
-            tag: task.tag,
-            result,
-            buffers,
-        });
+        match task.tag {
+            Some(tag) => self.done.push(Completion {
+                tag,
+                result,
+                buffers,
+            }),
+            None => self.own -= 1,
+        }
+    }
+
+    /// What it shares with its image.
+    #[cfg(test)]
+    pub fn control(&self) -> &super::Control {
+        &self.engine.control
     }
 
     /// Whether the engine has given up.
@@ -158,7 +180,7 @@ impl WriteQueue {
     }
 
     fn check(&self, request: &Request) -> Result<(), Errno> {
-        if self.busy() >= self.depth {
+        if self.busy() - self.own >= self.depth {
             return Err(Errno::BUSY);
         }
         if request.operation == Operation::Flush {
@@ -201,7 +223,7 @@ impl WriteQueue {
         }
         let engine = self.engine.clone();
         self.spawn(
-            0,
+            None,
             Box::pin(async move {
                 engine.close().await;
                 (Ok(()), Buffers::default())
@@ -236,7 +258,7 @@ impl Queue for WriteQueue {
         let engine = self.engine.clone();
         let mut buffers = request.buffers;
         self.spawn(
-            tag,
+            Some(tag),
             Box::pin(async move {
                 let result = engine
                     .execute(operation, offset, length, &mut buffers)
@@ -259,7 +281,8 @@ impl Queue for WriteQueue {
     fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
         loop {
             let found = self.harvest(self.done.is_empty())?;
-            if !self.done.is_empty() || (!found && self.engine.io.in_flight() == 0) {
+            let idle = self.busy() == 0 || (!found && self.engine.io.in_flight() == 0);
+            if !self.done.is_empty() || idle {
                 completed.append(&mut self.done);
                 return Ok(());
             }
@@ -276,6 +299,25 @@ impl Queue for WriteQueue {
 
     fn acknowledge(&mut self) {
         self.engine.io.acknowledge();
+    }
+
+    fn attend(&mut self) -> io::Result<()> {
+        while let Some(order) = self.engine.control.next() {
+            if self.own >= OWN {
+                order.refuse(Errno::BUSY);
+                continue;
+            }
+            let engine = self.engine.clone();
+            self.spawn(
+                None,
+                Box::pin(async move {
+                    let result = engine.grow(order.size_bytes).await;
+                    order.done(result);
+                    (Ok(()), Buffers::default())
+                }),
+            );
+        }
+        self.engine.io.start()
     }
 
     fn syscalls(&self) -> &'static [Allow] {

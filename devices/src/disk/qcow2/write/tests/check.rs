@@ -45,6 +45,11 @@ impl<'a> Image<'a> {
         })
     }
 
+    /// Size of the disk.
+    pub fn size_bytes(&self) -> u64 {
+        self.header.size_bytes
+    }
+
     /// Panics unless all is well or leaks; returns how many clusters leak.
     pub fn check(&self) -> u64 {
         let bits = self.layout.cluster_bits;

@@ -6,19 +6,24 @@ use super::*;
 const MIB: u64 = 1 << 20;
 
 /// An image over a raw file of stamped sectors, or over nothing.
-struct Setup {
+pub struct Setup {
     folder: tempfile::TempDir,
-    path: std::path::PathBuf,
+    pub path: std::path::PathBuf,
     backing: Option<(std::path::PathBuf, Vec<u8>)>,
     size: u64,
 }
 
 impl Setup {
     fn new(kind: &str, overlay: bool, snapshot: bool, size: u64) -> Option<Self> {
+        Self::over(kind, overlay.then_some(size), snapshot, size)
+    }
+
+    /// The same over a backing file of another size.
+    pub fn over(kind: &str, below: Option<u64>, snapshot: bool, size: u64) -> Option<Self> {
         let folder = qemu::folder()?;
         let at = folder.path();
-        let backing = overlay.then(|| {
-            let sectors = (0..size / 512).flat_map(|n| bytes_of(n << 32 | 0xee));
+        let backing = below.map(|below| {
+            let sectors = (0..below / 512).flat_map(|n| bytes_of(n << 32 | 0xee));
             let bytes: Vec<u8> = sectors.collect();
             let path = at.join("base.raw");
             std::fs::write(&path, &bytes).unwrap();
@@ -43,11 +48,11 @@ impl Setup {
         })
     }
 
-    fn backing(&self) -> &[u8] {
+    pub fn backing(&self) -> &[u8] {
         self.backing.as_ref().map_or(&[], |(_, bytes)| bytes)
     }
 
-    fn driver(&self, seed: u64) -> (Driver, Shared) {
+    pub fn driver(&self, seed: u64) -> (Driver, Shared) {
         let below: Vec<&Path> = self.backing.iter().map(|(p, _)| p.as_path()).collect();
         let shared = host(&self.path, &below, seed);
         let content = qemu::content(&self.path);
@@ -68,7 +73,7 @@ impl Setup {
     }
 
     /// Has qemu-img look at a state, too.
-    fn ask_qemu(&self, bytes: &[u8]) {
+    pub fn ask_qemu(&self, bytes: &[u8]) {
         let path = self.folder.path().join("state.qcow2");
         std::fs::write(&path, bytes).unwrap();
         let checked = std::process::Command::new("qemu-img")
@@ -83,7 +88,7 @@ impl Setup {
 }
 
 /// What every sector may hold after a cut at `time`.
-fn assert_survived(driver: &Driver, content: &[Option<[u8; 512]>], time: u64) {
+pub fn assert_survived(driver: &Driver, content: &[Option<[u8; 512]>], time: u64) {
     let flushed = driver
         .flushes
         .iter()

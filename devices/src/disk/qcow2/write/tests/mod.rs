@@ -3,6 +3,7 @@
 mod check;
 mod crash;
 mod geometries;
+mod grow;
 mod hostile;
 mod sim;
 

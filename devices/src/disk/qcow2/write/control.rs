@@ -1,0 +1,113 @@
+//! What an image, on the VMM thread, and its queue, on a thread of its own, have in common.
+//!
+//! The image leaves an order and has the queue's thread look ([`crate::disk::Queue::attend`]); the
+//! lock is held to put one in or take one out, never while anybody waits.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::lock::locked;
+
+/// How long the VMM thread waits for the queue's.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a disk has not become larger.
+#[derive(Debug)]
+pub enum GrowError {
+    /// It can't.
+    Refused(String),
+    /// The host failed.
+    Host(io::Error),
+}
+
+impl From<io::Error> for GrowError {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+/// Have the disk grow.
+pub struct Order {
+    number: u64,
+    /// To this size.
+    pub size_bytes: u64,
+    reply: SyncSender<Result<(), GrowError>>,
+}
+
+impl Order {
+    /// It is done, or could not be.
+    pub fn done(&self, result: Result<(), GrowError>) {
+        // Nobody may be waiting any more.
+        let _ = self.reply.try_send(result);
+    }
+
+    /// It is not even begun.
+    pub fn refuse(&self, error: Errno) {
+        self.done(Err(GrowError::Host(error.into())));
+    }
+}
+
+/// See the module.
+pub struct Control {
+    size_bytes: AtomicU64,
+    numbers: AtomicU64,
+    orders: Mutex<VecDeque<Order>>,
+}
+
+impl Control {
+    /// Of a disk of this size.
+    pub fn new(size_bytes: u64) -> Self {
+        Self {
+            size_bytes: AtomicU64::new(size_bytes),
+            numbers: AtomicU64::new(0),
+            orders: Mutex::default(),
+        }
+    }
+
+    /// Size of the disk.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::SeqCst)
+    }
+
+    /// It has a new size. Called on the queue's thread.
+    pub fn set_size(&self, size_bytes: u64) {
+        self.size_bytes.store(size_bytes, Ordering::SeqCst);
+    }
+
+    /// An order to be carried out. Called on the queue's thread.
+    pub fn next(&self) -> Option<Order> {
+        locked(&self.orders).pop_front()
+    }
+
+    /// Leaves an order.
+    pub fn order(&self, size_bytes: u64) -> (u64, Receiver<Result<(), GrowError>>) {
+        let (reply, answer) = sync_channel(1);
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        locked(&self.orders).push_back(Order {
+            number,
+            size_bytes,
+            reply,
+        });
+        (number, answer)
+    }
+
+    /// Has the queue's thread make the disk larger, and waits for it. Called on the VMM thread.
+    pub fn grow(&self, size_bytes: u64, attend: &dyn Fn()) -> Result<(), GrowError> {
+        let (number, answer) = self.order(size_bytes);
+        attend();
+        let late = match answer.recv_timeout(TIMEOUT) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err(GrowError::Host(Errno::IO.into())),
+            Err(RecvTimeoutError::Timeout) => Errno::TIMEDOUT,
+        };
+        // If it has not been taken out it never will be; else it may still come about.
+        locked(&self.orders).retain(|order| order.number != number);
+        Err(GrowError::Host(late.into()))
+    }
+}
