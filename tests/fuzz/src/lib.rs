@@ -8,4 +8,5 @@
 pub mod bench;
 pub mod input;
 pub mod memory;
+pub mod qcow2;
 pub mod seeds;

@@ -137,6 +137,9 @@ pub fn assert_survived(driver: &Driver, content: &[Option<[u8; 512]>], time: u64
     }
 }
 
+/// At every moment there is, once.
+const ALL: u64 = u64::MAX;
+
 fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
     let (mut driver, shared) = setup.driver(seed);
     driver.run(operations);
@@ -144,7 +147,11 @@ fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
     let end = shared.lock().unwrap().now;
     let mut random = Random(seed ^ 0x5555);
     for cut in 0..cuts {
-        let time = random.below(end + 1);
+        let time = match cuts == ALL {
+            true if cut > end => break,
+            true => cut,
+            false => random.below(end + 1),
+        };
         let bytes = shared.lock().unwrap().after_cut(time, &mut random);
         let image = check::Image::new(&bytes);
         image.check();
@@ -156,6 +163,7 @@ fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
             reopen(setup, &bytes, seed + cut);
         }
     }
+    println!("{} states", cuts.min(end + 1));
     driver.flush();
     driver.queue.close().unwrap();
     let bytes = shared.lock().unwrap().bytes.clone();
@@ -202,17 +210,24 @@ const KINDS: [(&str, bool, bool); 9] = [
 
 #[test]
 fn a_power_cut_at_any_moment_leaves_leaks_at_most_and_loses_nothing_flushed() {
-    let states: u64 = match std::env::var("BALLAST_POWER_CUTS") {
-        Ok(count) => count.parse().unwrap(),
-        Err(_) => 40,
-    };
+    let states = wanted("BALLAST_POWER_CUTS", 40);
     for (number, (kind, overlay, snapshot)) in (1..).zip(KINDS) {
         let Some(setup) = Setup::new(kind, overlay, snapshot, 2 * MIB) else {
             return;
         };
-        for seed in 1..=2 {
-            power_cuts(&setup, number * 1000 + seed, 120, states);
+        for round in 1..=2 {
+            power_cuts(&setup, seed(number * 1000 + round), 120, states);
         }
+    }
+}
+
+#[test]
+fn a_power_cut_at_every_moment_of_a_short_workload_is_survived() {
+    for (number, (kind, overlay, snapshot)) in (50..).zip(KINDS) {
+        let Some(setup) = Setup::new(kind, overlay, snapshot, MIB) else {
+            return;
+        };
+        power_cuts(&setup, seed(number), 12, ALL);
     }
 }
 

@@ -12,8 +12,11 @@ fn check(path: &Path) {
     assert_eq!(check::Image::new(&bytes).check(), 0, "leaks");
 }
 
-/// Opens, works, closes, has QEMU check and scribble, and once more.
-fn exercise(path: &Path, seed: u64, rounds: usize, operations: usize) {
+/// Opens, works, closes, has QEMU check and scribble, and once more. Of `operations`,
+/// `scripts/soak` has more done.
+fn exercise(path: &Path, of: u64, rounds: usize, operations: usize) {
+    let seed = seed(of);
+    let operations = operations * wanted("BALLAST_OPERATIONS", 1) as usize;
     for round in 0..rounds {
         let (direct, sync) = (round & 1 != 0, round & 2 != 0);
         let content = qemu::content(path);
@@ -24,6 +27,7 @@ fn exercise(path: &Path, seed: u64, rounds: usize, operations: usize) {
         let Driver { queue, sectors, .. } = driver;
         drop(queue);
         check(path);
+        println!("{operations} operations");
         let after = qemu::content(path);
         for (number, (sector, bytes)) in (0..).zip(sectors.iter().zip(after.chunks(512))) {
             sector.assert_now(bytes, number);

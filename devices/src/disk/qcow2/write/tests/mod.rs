@@ -29,6 +29,21 @@ pub const DEPTH: u16 = 16;
 /// Of guest memory, for each request.
 const ROOM: u64 = 1 << 20;
 
+/// What `scripts/soak` asks for; the default is what there is time for in every run.
+fn wanted(variable: &str, default: u64) -> u64 {
+    let value = std::env::var(variable).ok();
+    value.map_or(default, |value| value.parse().unwrap())
+}
+
+/// A seed of a test, and of the run that `scripts/soak` makes of it.
+fn seed(of: u64) -> u64 {
+    let run = wanted("BALLAST_SEED", 0);
+    if run != 0 {
+        println!("BALLAST_SEED={run}");
+    }
+    of + run * 1_000_000
+}
+
 fn options(path: &Path, direct: bool, sync: bool) -> OpenOptions {
     OpenOptions {
         path: path.into(),
