@@ -43,7 +43,7 @@ use crate::virtio::Activation;
 use crate::worker::{Handler, Source, WorkerError};
 
 /// Work that a queue takes on before it looks at its orders again, and has in flight at most beside
-/// one request, in bytes as [`Pending::weight`] counts: a driver may ask for 4 GiB in each request,
+/// one request, in bytes as [`active::Pending::weight`] counts: a driver may ask for 4 GiB in each request,
 /// and all of what is in flight is waited for when the device is paused or reset.
 pub const MAX_IN_FLIGHT: u64 = 64 << 20;
 /// All that a disk's queues share.
