@@ -69,13 +69,13 @@ const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
 
 /// Three digits and a unit, as qemu-img has it: `1.27 MiB`.
 pub fn short_size(bytes: u64) -> String {
-    let value = bytes as f64;
-    let unit = match bytes {
-        0 => 0,
-        // From 1000 on the next unit is used.
-        _ => ((value * 1.024).log2().floor() as usize / 10).min(UNITS.len() - 1),
-    };
-    let value = value / (1_u64 << (unit * 10)) as f64;
+    // From 1000 on the next unit is used. Not by a logarithm: that takes libm, which each process
+    // would load for this.
+    let unit = (1..UNITS.len())
+        .rev()
+        .find(|unit| bytes >= 1000 << ((unit - 1) * 10))
+        .unwrap_or(0);
+    let value = bytes as f64 / (1_u64 << (unit * 10)) as f64;
     let before = if value >= 100.0 {
         3
     } else if value >= 10.0 {
@@ -158,6 +158,9 @@ mod tests {
             (1_335_296, "1.27 MiB"),
             (331_776, "324 KiB"),
             (1 << 40, "1 TiB"),
+            (1_023_999, "1000 KiB"),
+            (1_024_000, "0.977 MiB"),
+            (u64::MAX, "16 EiB"),
         ];
         for (value, text) in short {
             assert_eq!(short_size(value), text);
