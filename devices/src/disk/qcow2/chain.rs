@@ -107,6 +107,7 @@ pub struct Top {
     pub serial: String,
     pub header: Header,
     pub snapshots: Vec<Snapshot>,
+    pub snapshot_table_bytes: u64,
 }
 
 impl Chain {
@@ -132,10 +133,13 @@ impl Chain {
                 Format::Qcow2 => {
                     let header = read_header(&host, &path)?;
                     if top.is_none() {
+                        let (snapshots, snapshot_table_bytes) =
+                            read_snapshots(&host, &header, &path)?;
                         top = Some(Top {
                             geometry: host.geometry,
                             serial: host.serial.clone(),
-                            snapshots: read_snapshots(&host, &header, &path)?,
+                            snapshots,
+                            snapshot_table_bytes,
                             header: header.clone(),
                         });
                     }
@@ -315,7 +319,7 @@ fn read_snapshots(
     host: &HostFile,
     header: &Header,
     path: &Path,
-) -> Result<Vec<Snapshot>, BuildError> {
+) -> Result<(Vec<Snapshot>, u64), BuildError> {
     let (mut start, mut piece) = (0, Vec::new());
     let fill = |bytes: &mut [u8], offset: u64| {
         let within = |piece: &[u8], start: u64| {
@@ -335,7 +339,7 @@ fn read_snapshots(
     };
     let writing = &header.writing;
     match details::snapshots(writing.snapshots_offset, writing.snapshots, fill) {
-        Ok((snapshots, _)) => Ok(snapshots),
+        Ok(found) => Ok(found),
         Err(ReadError::Unusable(unusable)) => Err(refused(path, unusable.to_string())),
         Err(ReadError::Io(error)) => Err(failed(path, error)),
     }

@@ -91,6 +91,8 @@ pub struct Writing {
     pub dirty: bool,
     /// Features that a writer must clear where it does not keep them up.
     pub autoclear: u64,
+    /// There are header extensions that we don't know: bitmaps, say. They may own clusters.
+    pub unknown_extensions: bool,
 }
 
 /// What a header says.
@@ -186,6 +188,7 @@ impl Header {
             snapshots: fields.u32(60)?,
             dirty: features & DIRTY != 0,
             autoclear: if version == 3 { fields.u64(88)? } else { 0 },
+            unknown_extensions: extensions.unknown,
         };
         Ok(Self {
             version,
@@ -248,6 +251,7 @@ struct Extensions {
     backing_format: Option<Vec<u8>>,
     /// Entries of 48 bytes.
     feature_names: Vec<u8>,
+    unknown: bool,
 }
 
 impl Extensions {
@@ -270,7 +274,7 @@ impl Extensions {
             match kind {
                 EXTENSION_BACKING_FORMAT => found.backing_format = Some(data.to_vec()),
                 EXTENSION_FEATURE_NAMES => found.feature_names = data.to_vec(),
-                _ => {}
+                _ => found.unknown = true,
             }
             at += 8 + len.next_multiple_of(8);
         }

@@ -116,7 +116,7 @@ impl Engine {
     }
 
     /// The page that holds a cluster's refcount: where it is, and which refcount of it.
-    fn refcount_page(&self, cluster: u64) -> Option<(u64, u64)> {
+    pub fn refcount_page(&self, cluster: u64) -> Option<(u64, u64)> {
         let (block, index) = self.widths.place(cluster);
         let per_page = self.widths.in_bytes(self.layout.slice_bytes());
         let page = index / per_page;
@@ -166,7 +166,34 @@ impl Engine {
                 (count > 0).then_some(count)
             })
             .await?;
-        Ok(taken.unwrap_or(0))
+        let taken = taken.unwrap_or(0);
+        if let Some(marks) = &mut locked(&self.tables).marks {
+            marks.set(run.first, taken);
+        }
+        Ok(taken)
+    }
+
+    /// Those of these clusters, whose refcounts are in the page of `first`, that are counted are so
+    /// no longer; returns them. With `allocating` held.
+    pub async fn clear_refcounts(&self, first: u64, clusters: &[u64]) -> io::Result<Vec<u64>> {
+        let Some((offset, start)) = self.refcount_page(first) else {
+            return Ok(Vec::new());
+        };
+        let widths = self.widths;
+        let cleared = self
+            .change_refcounts(offset, |page| {
+                let mut cleared = Vec::new();
+                for cluster in clusters {
+                    let index = start + (cluster - first);
+                    if widths.get(page, index) > 0 {
+                        widths.set(page, index, 0);
+                        cleared.push(*cluster);
+                    }
+                }
+                (!cleared.is_empty()).then_some(cleared)
+            })
+            .await?;
+        Ok(cleared.unwrap_or_default())
     }
 
     /// Takes away a reference; whether it was the last. With `allocating` held.

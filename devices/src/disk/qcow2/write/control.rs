@@ -17,6 +17,9 @@ use super::lock::locked;
 /// How long the VMM thread waits for the queue's.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Nobody has looked.
+const UNKNOWN: u64 = u64::MAX;
+
 /// Why a disk has not become larger.
 #[derive(Debug)]
 pub enum GrowError {
@@ -56,6 +59,10 @@ impl Order {
 /// See the module.
 pub struct Control {
     size_bytes: AtomicU64,
+    /// Clusters that are known to leak.
+    leaks: AtomicU64,
+    /// Those that were returned.
+    returned: AtomicU64,
     numbers: AtomicU64,
     orders: Mutex<VecDeque<Order>>,
 }
@@ -65,6 +72,8 @@ impl Control {
     pub fn new(size_bytes: u64) -> Self {
         Self {
             size_bytes: AtomicU64::new(size_bytes),
+            leaks: AtomicU64::new(UNKNOWN),
+            returned: AtomicU64::new(0),
             numbers: AtomicU64::new(0),
             orders: Mutex::default(),
         }
@@ -78,6 +87,24 @@ impl Control {
     /// It has a new size. Called on the queue's thread.
     pub fn set_size(&self, size_bytes: u64) {
         self.size_bytes.store(size_bytes, Ordering::SeqCst);
+    }
+
+    /// Clusters that are known to leak; `None` before they have been searched for.
+    pub fn leaks(&self) -> Option<u64> {
+        let leaks = self.leaks.load(Ordering::SeqCst);
+        (leaks != UNKNOWN).then_some(leaks)
+    }
+
+    /// How many were returned.
+    #[cfg(test)]
+    pub fn returned(&self) -> u64 {
+        self.returned.load(Ordering::SeqCst)
+    }
+
+    /// All are returned, so many. Called on the queue's thread.
+    pub fn leaks_returned(&self, count: u64) {
+        self.returned.store(count, Ordering::SeqCst);
+        self.leaks.store(0, Ordering::SeqCst);
     }
 
     /// An order to be carried out. Called on the queue's thread.

@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::poll_fn;
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 
@@ -22,6 +23,7 @@ use super::super::map::{Corrupt, Layout, Mapping, Place};
 use super::control::Control;
 use super::extents::Extents;
 use super::io::{HostOp, Io, Kind as Do, Ticket};
+use super::leaks::{Marks, SnapshotTables};
 use super::lock::{RangeLock, locked};
 use super::pages::{Kind, Pages};
 use super::refcounts::Widths;
@@ -58,6 +60,8 @@ pub struct Tables {
     pub barrier: bool,
     /// Host clusters that lose a reference when the L2 tables have been written.
     pub unlinked: Vec<u64>,
+    /// While leaks are searched for; set from the beginning.
+    pub marks: Option<Marks>,
     /// The error after which nothing that was written can be relied upon any more.
     pub lost: Option<Errno>,
     /// There are autoclear features to be cleared before the first write.
@@ -95,6 +99,11 @@ pub struct Engine {
     pub resizing: RangeLock,
     /// Shared with the image, on another thread.
     pub control: Arc<Control>,
+    pub snapshots: SnapshotTables,
+    /// What goes on in the background is to end.
+    pub stopping: AtomicBool,
+    /// It waits for a request of the guest.
+    pub breathing: Mutex<Option<Waker>>,
 }
 
 /// Operations under way for one request.
@@ -178,6 +187,19 @@ impl Engine {
         self.begin_on(TOP, kind, offset, len, buffers)
     }
 
+    /// The same for one that is never done at once, where there is another way.
+    pub fn begin_apart(&self, kind: Do, offset: u64, buffers: Buffers) -> Ticket {
+        self.io.begin(HostOp {
+            file: TOP,
+            kind,
+            offset,
+            len: 0,
+            buffers,
+            expected_bytes: 0,
+            apart: true,
+        })
+    }
+
     fn begin_on(&self, file: u16, kind: Do, offset: u64, len: u64, buffers: Buffers) -> Ticket {
         // What was there when it was opened must still be. The clusters behind may not have been
         // written yet.
@@ -190,6 +212,7 @@ impl Engine {
             len,
             buffers,
             expected_bytes,
+            apart: false,
         })
     }
 

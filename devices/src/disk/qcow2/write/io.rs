@@ -71,6 +71,8 @@ pub struct HostOp {
     pub buffers: Buffers,
     /// The file should have so many bytes.
     pub expected_bytes: u64,
+    /// Not to be done at once where there is a ring.
+    pub apart: bool,
 }
 
 enum Slot {
@@ -159,6 +161,11 @@ impl Io {
             Backend::Ring(ring) => Some(ring.descriptor()),
             _ => None,
         }
+    }
+
+    /// Whether all is done at once.
+    pub fn is_plain(&self) -> bool {
+        matches!(locked(&self.state).backend, Backend::Plain)
     }
 
     /// Makes the descriptor unreadable until the next completion.
@@ -286,7 +293,7 @@ impl State {
             let cached = host.direct.is_none();
             let at_once = match op.kind {
                 Kind::Truncate => true,
-                Kind::Read => cached && !self.no_nowait,
+                Kind::Read => cached && !self.no_nowait && !op.apart,
                 Kind::Write => cached,
                 Kind::Sync | Kind::Allocate | Kind::Punch => false,
             };

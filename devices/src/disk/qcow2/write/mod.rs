@@ -8,6 +8,7 @@
 //!   engine ─── tables in memory, reads    allocate ── free space, refcounts
 //!   flush ──── what is written when       open ────── what is found out before the first request
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
+//!   leaks ──── what a killed process left behind
 //!   cluster, refcounts, extents, pages ── pure
 //! ```
 //!
@@ -23,6 +24,7 @@ mod extents;
 mod flush;
 mod grow;
 mod io;
+mod leaks;
 mod lock;
 mod open;
 mod pages;

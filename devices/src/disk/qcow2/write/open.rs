@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use super::super::super::ring::{self, Ring};
@@ -19,6 +20,7 @@ use super::control::Control;
 use super::engine::{Engine, Tables};
 use super::extents::{Extents, Run};
 use super::io::{Backend, HostFile, Io, OPERATIONS};
+use super::leaks::{MAX_CLUSTERS, MAX_TABLES, Marks, SnapshotTables};
 use super::lock::RangeLock;
 use super::pages::Pages;
 use super::queue::WriteQueue;
@@ -29,6 +31,8 @@ use crate::config::{BuildError, Invalid};
 const EXTRA_OPS: u16 = 64;
 /// Bytes of refcounts that are looked at for the end of what is in use.
 const MAX_BYTES: usize = 16 << 20;
+/// Bytes of L2 tables that are searched for leaks in an image that was closed cleanly.
+const SEARCHED_ANYHOW: usize = 16 << 20;
 
 /// An image that can be written to, until its queue is opened.
 pub struct Writable {
@@ -38,6 +42,7 @@ pub struct Writable {
     block_bytes: u64,
     tables: Tables,
     control: Arc<Control>,
+    snapshots: SnapshotTables,
 }
 
 impl Writable {
@@ -95,6 +100,7 @@ impl Writable {
             end: 0,
             barrier: false,
             unlinked: Vec::new(),
+            marks: None,
             lost: None,
             autoclear: writing.autoclear != 0,
             no_allocate: false,
@@ -107,8 +113,19 @@ impl Writable {
             let reason = format!("it has more than one table at {offset:#x}");
             return Err(refused(path, reason));
         }
-        find_end(&mut tables, &layout, widths, layer, path)?;
+        let unclean = find_end(&mut tables, &layout, widths, layer, path)?;
+        if may_have_leaks(&tables, &layout, header, unclean) {
+            tables.marks = Some(Marks::new(tables.end >> layout.cluster_bits));
+        }
         Ok(Self {
+            snapshots: SnapshotTables {
+                table: (writing.snapshots_offset, top.snapshot_table_bytes),
+                l1_tables: top
+                    .snapshots
+                    .iter()
+                    .map(|s| (s.l1_offset, s.l1_entries))
+                    .collect(),
+            },
             layout,
             widths,
             block_bytes,
@@ -181,6 +198,9 @@ impl Writable {
             inflated: Mutex::default(),
             resizing: RangeLock::default(),
             control: self.control,
+            snapshots: self.snapshots,
+            stopping: AtomicBool::new(false),
+            breathing: Mutex::default(),
             chain: self.chain,
         }
     }
@@ -253,14 +273,25 @@ fn reserve(tables: &mut Tables, layout: &Layout, header: &Header) -> Result<(), 
     Ok(())
 }
 
-/// Finds the end of the file, and what is free before it.
+/// Whether there is sense in a search for leaks: nothing may be in the file that we know nothing
+/// of, and where all of it was closed cleanly it is not worth to read so much.
+fn may_have_leaks(tables: &Tables, layout: &Layout, header: &Header, unclean: bool) -> bool {
+    let count = tables.l1.iter().filter(|entry| **entry != 0).count();
+    let worth = unclean || count * layout.cluster_bytes() <= SEARCHED_ANYHOW;
+    let known = header.writing.autoclear == 0 && !header.writing.unknown_extensions;
+    let bounded = count <= MAX_TABLES && tables.end >> layout.cluster_bits <= MAX_CLUSTERS;
+    worth && known && bounded
+}
+
+/// Finds the end of the file, and what is free before it; whether it has more than is in use, as
+/// one that was not closed.
 fn find_end(
     tables: &mut Tables,
     layout: &Layout,
     widths: Widths,
     layer: &Layer,
     path: &Path,
-) -> Result<(), BuildError> {
+) -> Result<bool, BuildError> {
     let bits = layout.cluster_bits;
     let mut used = None;
     let mut left = MAX_BYTES;
@@ -305,5 +336,5 @@ fn find_end(
         // Of what was written there before a crash nobody knows.
         zero: false,
     });
-    Ok(())
+    Ok(file_end > used)
 }

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::RawFd;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
@@ -80,6 +81,9 @@ pub struct WriteQueue {
     closed: bool,
     /// Tasks that are no requests.
     own: usize,
+    /// The one that returns leaks, from when it began: nobody waits for it.
+    background: Option<usize>,
+    begun: bool,
 }
 
 /// The most of them.
@@ -111,6 +115,8 @@ impl WriteQueue {
             engine,
             closed: false,
             own: 0,
+            background: None,
+            begun: false,
         }
     }
 
@@ -152,6 +158,9 @@ impl WriteQueue {
             return;
         };
         task.work = None;
+        if self.background == Some(number) {
+            self.background = None;
+        }
         self.free.push(number);
         match task.tag {
             Some(tag) => self.done.push(Completion {
@@ -177,6 +186,38 @@ impl WriteQueue {
 
     fn busy(&self) -> usize {
         self.tasks.len() - self.free.len()
+    }
+
+    /// Those that somebody waits for.
+    fn awaited(&self) -> usize {
+        self.busy() - usize::from(self.background.is_some())
+    }
+
+    /// Begins what goes on in the background.
+    fn begin_background(&mut self) {
+        if std::mem::replace(&mut self.begun, true) {
+            return;
+        }
+        let Some(number) = self.free.last().copied() else {
+            return;
+        };
+        self.background = Some(number);
+        let engine = self.engine.clone();
+        self.spawn(
+            None,
+            Box::pin(async move {
+                engine.return_leaks().await;
+                (Ok(()), Buffers::default())
+            }),
+        );
+    }
+
+    /// Has it go on, where it does not wait for the host.
+    fn breathe(&mut self) {
+        let waker = locked(&self.engine.breathing).take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
     fn check(&self, request: &Request) -> Result<(), Errno> {
@@ -216,6 +257,9 @@ impl WriteQueue {
         if std::mem::replace(&mut self.closed, true) {
             return Ok(());
         }
+        self.engine.stopping.store(true, Ordering::Relaxed);
+        self.breathe();
+        self.run();
         while self.busy() > 0 {
             if !self.harvest(true)? && self.engine.io.in_flight() == 0 {
                 return Err(Errno::IO.into());
@@ -269,10 +313,12 @@ impl Queue for WriteQueue {
     }
 
     fn start(&mut self) -> io::Result<()> {
+        self.begin_background();
         self.engine.io.start()
     }
 
     fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
+        self.breathe();
         self.harvest(false)?;
         completed.append(&mut self.done);
         Ok(())
@@ -281,7 +327,7 @@ impl Queue for WriteQueue {
     fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
         loop {
             let found = self.harvest(self.done.is_empty())?;
-            let idle = self.busy() == 0 || (!found && self.engine.io.in_flight() == 0);
+            let idle = self.awaited() == 0 || (!found && self.engine.io.in_flight() == 0);
             if !self.done.is_empty() || idle {
                 completed.append(&mut self.done);
                 return Ok(());
@@ -290,7 +336,7 @@ impl Queue for WriteQueue {
     }
 
     fn held(&self) -> usize {
-        self.busy() + self.done.len()
+        self.awaited() + self.done.len()
     }
 
     fn descriptor(&self) -> Option<RawFd> {

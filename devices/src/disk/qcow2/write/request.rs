@@ -368,12 +368,19 @@ impl Engine {
             Host::None => {}
             Host::Owned(host) | Host::Shared(host) => {
                 if new.host != Host::Owned(host) && new.host != Host::Shared(host) {
+                    if let Some(marks) = &mut tables.marks {
+                        marks.set(host >> self.layout.cluster_bits, 1);
+                    }
                     tables.unlinked.push(host);
                 }
             }
             Host::Compressed(compressed) => {
                 let (offset, len) = (compressed.offset, compressed.len as u64);
                 let clusters = clusters_of(offset, len, self.cluster_bytes());
+                if let Some(marks) = &mut tables.marks {
+                    let bits = self.layout.cluster_bits;
+                    clusters.iter().for_each(|at| marks.set(at >> bits, 1));
+                }
                 tables.unlinked.extend(clusters);
                 locked(&self.inflated).forget();
             }

@@ -14,7 +14,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    fn new(kind: &str, overlay: bool, snapshot: bool, size: u64) -> Option<Self> {
+    pub fn new(kind: &str, overlay: bool, snapshot: bool, size: u64) -> Option<Self> {
         Self::over(kind, overlay.then_some(size), snapshot, size)
     }
 

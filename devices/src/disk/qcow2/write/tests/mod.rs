@@ -5,6 +5,7 @@ mod crash;
 mod geometries;
 mod grow;
 mod hostile;
+mod leaks;
 mod sim;
 
 use std::collections::BTreeMap;

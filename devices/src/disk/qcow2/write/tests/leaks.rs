@@ -1,0 +1,177 @@
+//! Leaks are found and returned while the disk is written to, and nothing else is.
+
+use super::crash::{Setup, assert_survived};
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+/// Goes on until all leaks are returned.
+fn search(driver: &mut Driver) {
+    driver.queue.start().unwrap();
+    for _ in 0..100_000 {
+        if driver.queue.control().leaks().is_some() {
+            return;
+        }
+        let mut completed = Vec::new();
+        driver.queue.poll(&mut completed).unwrap();
+        assert!(completed.is_empty());
+    }
+    panic!("it does not end");
+}
+
+/// An image as a power cut left it, with leaks; how many.
+fn leaky(setup: &Setup, seed: u64) -> Option<(Vec<u8>, u64)> {
+    let (mut driver, shared) = setup.driver(seed);
+    driver.run(100);
+    let mut random = Random(seed);
+    let end = shared.lock().unwrap().now;
+    (0..200).find_map(|_| {
+        let time = random.below(end);
+        let bytes = shared.lock().unwrap().after_cut(time, &mut random);
+        let leaks = check::Image::new(&bytes).check();
+        (leaks > 0).then_some((bytes, leaks))
+    })
+}
+
+/// Kind, whether it is an overlay, and whether it has a snapshot: then a refcount may stay too high.
+const KINDS: [(&str, bool, bool); 6] = [
+    ("cluster_size=64k", false, false),
+    ("cluster_size=4k", false, false),
+    ("cluster_size=512,refcount_bits=64", false, false),
+    ("extended_l2=on,cluster_size=16k", true, false),
+    ("cluster_size=4k", true, true),
+    ("compat=0.10,cluster_size=4k", true, false),
+];
+
+#[test]
+fn leaks_go_while_the_disk_is_written_to_and_a_power_cut_in_the_middle_does_no_harm() {
+    let rounds: u64 = match std::env::var("BALLAST_POWER_CUTS") {
+        Ok(_) => 20,
+        Err(_) => 1,
+    };
+    let mut returned = 0;
+    for (number, (kind, overlay, snapshot)) in (1..).zip(KINDS) {
+        for round in 0..rounds {
+            let seed = number * 100 + round;
+            let Some(setup) = Setup::new(kind, overlay, snapshot, 2 * MIB) else {
+                return;
+            };
+            let Some((bytes, _)) = leaky(&setup, seed) else {
+                continue;
+            };
+            std::fs::write(&setup.path, &bytes).unwrap();
+            let (mut driver, shared) = setup.driver(seed + 50);
+            driver.run(60);
+            search(&mut driver);
+            driver.run(20);
+            assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+            returned += driver.queue.control().returned();
+            let end = shared.lock().unwrap().now;
+            let mut random = Random(seed);
+            for _ in 0..20 {
+                let time = random.below(end + 1);
+                let bytes = shared.lock().unwrap().after_cut(time, &mut random);
+                let image = check::Image::new(&bytes);
+                image.check();
+                assert_survived(&driver, &image.content(setup.backing()), time);
+            }
+            driver.flush();
+            driver.queue.close().unwrap();
+            let bytes = shared.lock().unwrap().bytes.clone();
+            let image = check::Image::new(&bytes);
+            let left = image.check();
+            assert!(left == 0 || snapshot, "{kind}: {left} are left");
+            setup.ask_qemu(&bytes);
+            let sectors = image.content(setup.backing());
+            let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
+            driver.compare(&content);
+        }
+    }
+    assert!(returned > 10, "{returned}");
+}
+
+/// An image with all that may refer to clusters, and what its disk holds.
+fn rich(folder: &Path, options: &str, seed: u64) -> std::path::PathBuf {
+    let source = qemu::create(folder, "source.qcow2", "", 6 * MIB);
+    qemu::scribble(&source, 6 * MIB, 60, seed);
+    let path = folder.join("rich.qcow2");
+    let (from, to) = (source.display(), path.display());
+    qemu::img(&format!(
+        "convert -c -f qcow2 -O qcow2 -o {options} {from} {to}"
+    ));
+    for name in ["one", "two"] {
+        qemu::img(&format!("snapshot -c {name} {to}"));
+        qemu::scribble(&path, 6 * MIB, 30, seed + 7);
+    }
+    path
+}
+
+#[test]
+fn nothing_that_a_snapshot_or_compressed_data_needs_is_taken_for_a_leak() {
+    let Some(folder) = qemu::folder() else { return };
+    for (seed, options) in (1..).zip(["cluster_size=64k", "cluster_size=4k", "extended_l2=on"]) {
+        for sync in [false, true] {
+            let path = rich(folder.path(), options, seed);
+            let content = qemu::content(&path);
+            let queue = writable(&super::options(&path, false, sync)).for_test(sync);
+            let mut driver = Driver::new(queue, &content, seed);
+            driver.run(40);
+            search(&mut driver);
+            assert_eq!(driver.queue.control().leaks(), Some(0));
+            assert_eq!(driver.queue.control().returned(), 0);
+            driver.run(40);
+            assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+            drop(driver);
+            qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+            for name in ["one", "two"] {
+                qemu::img(&format!("snapshot -a {name} {}", path.display()));
+                qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_freed_where_an_entry_makes_no_sense_or_somebody_else_may_own_clusters() {
+    let Some(folder) = qemu::folder() else { return };
+    let options = "cluster_size=4k";
+    let path = qemu::create(folder.path(), "image.qcow2", options, 2 * MIB);
+    qemu::scribble(&path, 2 * MIB, 30, 1);
+    let sound = std::fs::read(&path).unwrap();
+    let image = check::Image::new(&sound);
+    assert_eq!(image.check(), 0);
+    let l1 = u64::from_be_bytes(sound[40..48].try_into().unwrap()) as usize;
+    let l2 =
+        (u64::from_be_bytes(sound[l1..l1 + 8].try_into().unwrap()) & ((1 << 56) - 512)) as usize;
+    // An entry with a reserved bit: what it refers to is not to be freed, nor anything else.
+    let mut damaged = sound.clone();
+    let at = (0..512)
+        .map(|index| l2 + index * 8)
+        .find(|at| sound[at + 4..at + 8] != [0; 4])
+        .unwrap();
+    damaged[at + 7] |= 2;
+    std::fs::write(&path, &damaged).unwrap();
+    let queue = writable(&super::options(&path, false, false)).for_test(true);
+    let mut driver = Driver::new(queue, &vec![0; 2 << 20], 1);
+    for _ in 0..100 {
+        driver.queue.start().unwrap();
+        driver.queue.poll(&mut Vec::new()).unwrap();
+    }
+    assert_eq!(driver.queue.control().leaks(), None);
+    drop(driver);
+    assert!(std::fs::read(&path).unwrap() == damaged, "it was changed");
+
+    // A bitmap.
+    std::fs::write(&path, &sound).unwrap();
+    qemu::img(&format!("bitmap --add {} dirty", path.display()));
+    let before = std::fs::read(&path).unwrap();
+    let queue = writable(&super::options(&path, false, false)).for_test(true);
+    let mut driver = Driver::new(queue, &vec![0; 2 << 20], 1);
+    for _ in 0..100 {
+        driver.queue.start().unwrap();
+        driver.queue.poll(&mut Vec::new()).unwrap();
+    }
+    assert_eq!(driver.queue.control().leaks(), None);
+    drop(driver);
+    assert!(std::fs::read(&path).unwrap() == before, "it was changed");
+}
