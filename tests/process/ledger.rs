@@ -95,6 +95,39 @@ fn a_vm_that_does_not_fit_is_refused_with_the_numbers_and_nothing_changes() {
 }
 
 #[test]
+fn a_vm_whose_governor_drives_nothing_tells_so_at_once() {
+    let dir = ledger(SLEEPER);
+    let mut ballast = launch(dir.path()).start();
+    let mut client = ballast.api();
+    let off = json!({"mode": "off", "guaranteed_size": 32 * MIB});
+    for (stop, body) in [("vm.pause", None), ("vm.set-overcommit", Some(off))] {
+        let mut config = ballast.sleeper();
+        config["balloon"] = json!({"size": 0});
+        // After the first look the next one is far away.
+        config["overcommit"] =
+            json!({"mode": "auto", "guaranteed_size": 32 * MIB, "interval_ms": 60_000});
+        assert_eq!(boot(&mut client, &config), 204);
+        let measures = || snapshot(dir.path()).records[0].1.measures.clone();
+        let looked = eventually("it looks", || measures().told_at_ms);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        match body {
+            Some(body) => client.put_json(stop, &body),
+            None => client.put(stop),
+        };
+        let rested = eventually("it tells that it rests", || {
+            let measures = measures();
+            (measures.told_at_ms > Some(looked)).then_some(measures)
+        });
+        assert_eq!(rested.claim, Some(0), "{stop}");
+        // Nothing that was planned outlives the machine.
+        client.put("vm.shutdown");
+        assert_eq!((measures().claim, measures().told_at_ms), (None, None));
+        client.put("vm.delete");
+    }
+    ballast.assert_well();
+}
+
+#[test]
 fn what_was_set_aside_is_given_back_when_the_machine_goes_and_kept_while_it_boots_again() {
     let dir = ledger(SLEEPER);
     let mut ballast = launch(dir.path()).start();

@@ -135,6 +135,7 @@ impl Vmm {
             if let Flow::End = flow {
                 break;
             }
+            self.rest_unless_governed();
             self.tell_ledger();
         }
         // Before the end is told and the process may exit: consoles write out what they hold, give

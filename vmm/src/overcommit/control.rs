@@ -23,6 +23,8 @@ pub struct Control {
     coordinator: Box<dyn Coordinator>,
     epoch: Instant,
     looked: Option<Instant>,
+    /// What the others were told last, if that is not that this VM takes no part.
+    told: Option<Own>,
     /// The balloon it drives, while it drives one.
     driven: Option<String>,
     state: State,
@@ -91,6 +93,7 @@ impl Control {
             coordinator,
             epoch: Instant::now(),
             looked: None,
+            told: None,
             driven: None,
             state: State::default(),
             last: None,
@@ -141,6 +144,7 @@ impl Control {
             decided = Some((decision, next));
             decision.own
         });
+        self.told = decided.as_ref().map(|(decision, _)| decision.own);
         // Not before: whoever keeps the others' lock may have kept us longer than the interval.
         self.looked = Some(Instant::now());
         self.ask(driven.balloon);
@@ -158,9 +162,21 @@ impl Control {
         (step.from != step.to || decision.trouble.is_some()).then_some(step)
     }
 
-    /// Tells the others that this VM takes part no more: it is off, or drives no balloon.
+    /// Tells the others, if they were told otherwise, that this VM takes no part for now: it is
+    /// paused, or drives no balloon. They would wait for it to give what it does not. What its guest
+    /// was given lately it may still touch, or when it goes on.
     pub fn rest(&mut self) {
-        self.coordinator.exchange(&mut |_| Own::default());
+        let Some(told) = self.told.take() else {
+            return;
+        };
+        let pending = told.pending;
+        self.coordinator
+            .exchange(&mut |_| Own { claim: 0, pending });
+    }
+
+    /// The machine is off; what the others were told of it is gone with what was set aside.
+    pub fn gone(&mut self) {
+        self.told = None;
     }
 
     /// What the last look found; `None` before the first and while it drives no balloon.

@@ -14,6 +14,7 @@ use crate::state::{State, Verb};
 impl Vmm {
     /// The machine is gone; what was set aside for it is there for others.
     pub(super) fn release(&mut self) {
+        self.control.gone();
         if let Some(ledger) = &self.ledger {
             ledger.lock().release();
         }

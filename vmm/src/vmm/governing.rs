@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::Vmm;
+use crate::created::Created;
 use crate::overcommit::view::Governor;
 
 impl Vmm {
@@ -16,6 +17,15 @@ impl Vmm {
     pub(super) fn next_look(&self) -> Option<Instant> {
         let (_, interval_ms) = self.created.as_ref()?.governed()?;
         Some(self.control.due(interval_ms))
+    }
+
+    /// Tells the other VMs, once, that the governor drives nothing: the VM is paused, the mode is
+    /// off, or the balloon is gone.
+    pub(super) fn rest_unless_governed(&mut self) {
+        let governed = self.created.as_ref().and_then(Created::governed);
+        if governed.is_none() {
+            self.control.rest();
+        }
     }
 
     /// Has the governor look, if it is time, and does what it says.

@@ -333,6 +333,19 @@ fn the_others_are_heard_and_told() {
     // Of the 4 MiB that are missing, about half: what it claims changes as it gives.
     let step = step.unwrap();
     assert!((MIB..3 * MIB).contains(&(step.to - step.from)), "{step:?}");
+    // It rests: nobody waits for it to give, and what its guest may touch is still spoken for.
+    let own = |claim| Own { claim, pending: 3 };
+    control.told = Some(own(9));
+    *told.lock().unwrap() = own(9);
     control.rest();
-    assert_eq!(*told.lock().unwrap(), Own::default());
+    assert_eq!(*told.lock().unwrap(), own(0));
+    // Once; and when the machine is off there is nobody to tell of.
+    *told.lock().unwrap() = own(9);
+    control.rest();
+    assert_eq!(*told.lock().unwrap(), own(9));
+    guest.look(&mut control);
+    control.gone();
+    *told.lock().unwrap() = own(9);
+    control.rest();
+    assert_eq!(*told.lock().unwrap(), own(9));
 }
