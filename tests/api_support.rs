@@ -48,7 +48,7 @@ impl FakeVmm {
                 }
                 Message::Command(command) => self.obey(command),
                 Message::Terminate => break,
-                Message::Guest => {}
+                Message::Guest | Message::Pressure => {}
             }
         }
         self.endpoint.events.emit("vmm", "shutdown", &[]);

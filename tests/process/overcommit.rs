@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::before;
 use crate::support::ballast::Ballast;
+use crate::support::eventually;
 
 const MIB: u64 = 1 << 20;
 
@@ -60,6 +61,41 @@ fn policies_that_can_not_be_kept_are_refused_by_field() {
         "{}",
         answer.text()
     );
+}
+
+#[test]
+fn the_kernel_is_asked_to_tell_of_pressure_by_who_has_something_to_govern() {
+    if std::fs::read("/proc/pressure/memory").is_err() {
+        eprintln!("SKIPPED: this kernel has no PSI");
+        return;
+    }
+    let mut ballast = Ballast::start();
+    let mut client = ballast.api();
+    let threads = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", ballast.pid())).expect("threads");
+        let statuses = tasks.flatten().map(|task| task.path().join("status"));
+        let statuses = statuses.filter_map(|status| std::fs::read_to_string(status).ok());
+        statuses.filter(|status| status.contains("Name:\tpsi\n"))
+    };
+    let mut config = ballast.sleeper();
+    config["balloon"] = json!({"size": 0});
+    config["overcommit"] = json!({"mode": "off", "guaranteed_size": 32 * MIB});
+    client.put_json("vm.create", &config);
+    client.put("vm.boot");
+    assert_eq!(threads().count(), 0);
+    let auto = json!({"mode": "auto", "guaranteed_size": 32 * MIB, "interval_ms": 100});
+    client.put_json("vm.set-overcommit", &auto);
+    let triggers = eventually("it looks", || {
+        let view = client.get("vm.overcommit");
+        view["governor"]["pressure_triggers"].as_array().cloned()
+    });
+    assert_eq!(triggers.first(), Some(&json!("host")), "{triggers:?}");
+    let status = threads().next().expect("a thread");
+    assert!(status.contains("Seccomp:\t2\n"), "{status}");
+    assert_eq!(threads().count(), 1);
+    // It ends with the rest.
+    client.put("vmm.shutdown");
+    ballast.wait_for_clean_end();
 }
 
 #[test]

@@ -114,6 +114,8 @@ pub enum Message {
     /// The guest did something: look at the signals. Sent once until they are looked at, however
     /// often the guest does it.
     Guest,
+    /// The kernel tells of pressure on memory. Sent once until it is heard.
+    Pressure,
     /// SIGTERM or SIGINT.
     Terminate,
 }

@@ -10,7 +10,7 @@ use devices::config;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
 
-use crate::overcommit::{cpu, ledger, psi};
+use crate::overcommit::{cpu, ledger, psi, triggers};
 use crate::{boot, interrupts, memory, vcpu};
 
 /// Making a thread, and installing its filter in it.
@@ -52,6 +52,7 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     let mut kinds = vec![
         ("vmm", vmm_thread()),
         ("vcpu", vec![COMMON, vcpu::SYSCALLS, interrupts::SYSCALLS]),
+        ("psi", triggers::LISTS.to_vec()),
     ];
     kinds.extend(config::thread_kinds());
     kinds

@@ -28,6 +28,7 @@ use crate::overcommit::Coordinator;
 use crate::overcommit::control::Control;
 use crate::overcommit::ledger::{Ledger, SharedLedger};
 use crate::overcommit::psi::{self, Sources};
+use crate::overcommit::triggers::Triggers;
 use crate::overcommit::view::Observer;
 use crate::state::{State, Verb, check};
 use crate::syscalls;
@@ -56,7 +57,8 @@ pub fn start(options: Options, ledger: Option<Ledger>, events: Events) -> Result
         Some(ledger) => Box::new(ledger.clone()),
         None => Box::new(Alone),
     };
-    let control = Control::new(Sources::open(&options.host), coordinator);
+    let control = Control::new(Sources::open(&options.host), coordinator)
+        .with_triggers(Triggers::open(&options.host, options.seccomp));
     let (installed, outcome) = std::sync::mpsc::channel::<Result<(), sandbox::SandboxError>>();
     std::thread::Builder::new()
         .name("vmm".to_owned())
@@ -123,6 +125,11 @@ impl Vmm {
             let flow = match self.next_message() {
                 Some(Message::Command(command)) => self.command(command),
                 Some(Message::Guest) => self.guest(),
+                Some(Message::Pressure) => {
+                    // When the governor is to look is asked before the next message.
+                    self.control.press();
+                    Flow::Go
+                }
                 Some(Message::Terminate) => {
                     self.delete();
                     Flow::End

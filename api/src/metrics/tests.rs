@@ -61,6 +61,7 @@ fn observation() -> Observation {
         view: View {
             mode: OvercommitMode::Auto,
             governor: Some(Governor {
+                pressure_triggers: vec!["host"],
                 balloon: "__balloon".to_owned(),
                 host: "pressure",
                 reason: "host-pressure",

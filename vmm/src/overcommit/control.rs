@@ -12,6 +12,7 @@ use super::Coordinator;
 use super::governor::{self, Level, Reason, State};
 use super::psi::Sources;
 use super::reading::{BalloonReading, GuestReading, Limits, Neighbours, Own, Reading};
+use super::triggers::{Pressed, Refused, Triggers, Watcher};
 use super::view::Governor;
 
 /// The name of the governor's counters among those of the devices.
@@ -22,7 +23,14 @@ pub struct Control {
     sources: Sources,
     coordinator: Box<dyn Coordinator>,
     epoch: Instant,
+    /// Where pressure between two looks is to be told, until that is set up.
+    triggers: Option<Triggers>,
+    watcher: Option<Watcher>,
+    /// What was told since the last look.
+    pressed: Pressed,
     looked: Option<Instant>,
+    /// When something was last taken.
+    took: Option<Instant>,
     /// What the others were told last, if that is not that this VM takes no part.
     told: Option<Own>,
     /// The balloon it drives, while it drives one.
@@ -46,6 +54,7 @@ struct Counters {
     distress_releases: u64,
     held_for_statistics: u64,
     held_for_reserve: u64,
+    pressure_triggers: u64,
 }
 
 /// The balloon to drive, with what the configuration says of the VM.
@@ -92,7 +101,11 @@ impl Control {
             sources,
             coordinator,
             epoch: Instant::now(),
+            triggers: None,
+            watcher: None,
+            pressed: Pressed::default(),
             looked: None,
+            took: None,
             told: None,
             driven: None,
             state: State::default(),
@@ -102,9 +115,40 @@ impl Control {
         }
     }
 
+    /// Has it told of pressure between two looks, from when it is first to look.
+    pub fn with_triggers(mut self, triggers: Triggers) -> Self {
+        self.triggers = Some(triggers);
+        self
+    }
+
+    /// Sets the triggers, if that was not done yet; says which the kernel refused. `wake` is
+    /// called on a thread of theirs, and is to have [`Control::press`] called on this one.
+    pub fn arm(&mut self, wake: impl Fn() + Send + 'static) -> Vec<Refused> {
+        let Some(triggers) = self.triggers.take() else {
+            return Vec::new();
+        };
+        let (watcher, refused) = triggers.arm(wake);
+        self.watcher = watcher;
+        for Refused { scope, reason } in &refused {
+            let scope = scope.name();
+            tracing::warn!(scope, %reason, "the overcommit policy looks for pressure at its interval only");
+        }
+        refused
+    }
+
+    /// A trigger has gone off.
+    pub fn press(&mut self) {
+        if let Some(watcher) = &self.watcher {
+            self.pressed = watcher.take();
+            self.counters.pressure_triggers += u64::from(self.pressed.any());
+        }
+    }
+
     /// The VM is a new machine: forgets what it knew of the last.
     pub fn restart(&mut self) {
+        self.pressed = Pressed::default();
         self.looked = None;
+        self.took = None;
         self.driven = None;
         self.state = State::default();
         self.last = None;
@@ -115,7 +159,13 @@ impl Control {
     /// When to look next, where it is done every `interval_ms`.
     pub fn due(&self, interval_ms: u32) -> Instant {
         let interval = Duration::from_millis(interval_ms.into());
-        self.looked.map_or(self.epoch, |looked| looked + interval)
+        let regular = self.looked.map_or(self.epoch, |looked| looked + interval);
+        if !self.pressed.any() {
+            return regular;
+        }
+        // At once, but for that no more than a step is taken in an interval.
+        let soonest = self.took.map_or(self.epoch, |took| took + interval);
+        regular.min(soonest)
     }
 
     /// Looks, and decides.
@@ -135,6 +185,7 @@ impl Control {
             host: self.sources.read(now_ms),
             neighbours: Neighbours::default(),
         };
+        std::mem::take(&mut self.pressed).raise(&mut reading.host);
         (reading.balloon, reading.guest) = view(&driven, now_ms);
         let state = self.state;
         let mut decided = None;
@@ -158,6 +209,9 @@ impl Control {
             reason: decision.trouble.unwrap_or(decision.reason),
             rest_ms: decision.trouble.and(next.back_off_ms(now_ms)),
         };
+        if step.to > step.from {
+            self.took = self.looked;
+        }
         self.count(&step, &decision);
         (step.from != step.to || decision.trouble.is_some()).then_some(step)
     }
@@ -166,6 +220,7 @@ impl Control {
     /// paused, or drives no balloon. They would wait for it to give what it does not. What its guest
     /// was given lately it may still touch, or when it goes on.
     pub fn rest(&mut self) {
+        self.pressed = Pressed::default();
         let Some(told) = self.told.take() else {
             return;
         };
@@ -191,6 +246,11 @@ impl Control {
                 Level::Critical => "critical",
             },
             reason: self.last?.name(),
+            pressure_triggers: self
+                .watcher
+                .as_ref()
+                .map(Watcher::scopes)
+                .unwrap_or_default(),
             back_off_ms: self.state.back_off_ms(milliseconds(self.epoch.elapsed())),
             age_ms: milliseconds(looked.elapsed()),
         })
@@ -209,6 +269,7 @@ impl Control {
             ("distress_releases", counters.distress_releases),
             ("held_for_statistics", counters.held_for_statistics),
             ("held_for_reserve", counters.held_for_reserve),
+            ("pressure_triggers", counters.pressure_triggers),
         ]
         .into_iter()
         .map(|(name, total)| (name.to_owned(), total))

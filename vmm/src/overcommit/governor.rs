@@ -39,7 +39,7 @@ const MINUTE_MS: u64 = 60_000;
 /// The buffer is at least this part of RAM, however little the guest uses.
 const LEAST_BUFFER: u64 = 16;
 /// PSI, in hundredths of a percent, at which pressure begins and below which it ends.
-const PSI_BEGIN: u32 = 1000;
+pub(super) const PSI_BEGIN: u32 = 1000;
 const PSI_END: u32 = 200;
 /// Moves smaller than this are not worth a step.
 const LEAST_MOVE: u64 = MIB;

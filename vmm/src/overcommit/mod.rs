@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod pressure;
 pub mod psi;
 pub mod reading;
+pub mod triggers;
 pub mod view;
 
 use self::reading::{Neighbours, Own};

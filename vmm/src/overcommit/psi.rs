@@ -1,10 +1,9 @@
 //! How the host is: `/proc/meminfo`, its pressure stall information (Documentation/accounting/psi),
 //! and that of our own cgroup.
 //!
-//! The files are opened before the VMM thread installs its filter, and from then on only read. A
-//! PSI trigger would need a poll beside the inbox; as the governor looks every second anyway, the
-//! stall time between two looks is compared instead, which sees what a trigger of that window
-//! would, and the kernel's ten-second average beside it.
+//! The files are opened before the VMM thread installs its filter, and from then on only read. The
+//! stall time between two looks is compared, which is there before the kernel's ten-second average
+//! has risen. That pressure begins between two looks is told by [`super::triggers`].
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

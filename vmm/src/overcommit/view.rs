@@ -60,6 +60,10 @@ pub struct Governor {
     /// Why the target is what it is, as in the event `overcommit-action`.
     #[schema(example = "steady")]
     pub reason: &'static str,
+    /// Whose pressure has the governor look at once, by a trigger of the kernel: `host`, `cgroup`.
+    /// The others it sees at its regular looks only.
+    #[schema(example = json!(["host"]))]
+    pub pressure_triggers: Vec<&'static str>,
     /// How long nothing will be taken, because of trouble.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub back_off_ms: Option<u64>,

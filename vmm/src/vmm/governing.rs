@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use super::Vmm;
+use crate::command::Message;
 use crate::created::Created;
+use crate::overcommit::triggers::Refused;
 use crate::overcommit::view::Governor;
 
 impl Vmm {
@@ -17,6 +19,19 @@ impl Vmm {
     pub(super) fn next_look(&self) -> Option<Instant> {
         let (_, interval_ms) = self.created.as_ref()?.governed()?;
         Some(self.control.due(interval_ms))
+    }
+
+    /// Has the kernel tell of pressure, from the first look on.
+    fn arm_triggers(&mut self) {
+        let sender = self.endpoint.sender.clone();
+        let refused = self.control.arm(move || {
+            // Nobody hears it when the VMM is at its end.
+            let _ = sender.send(Message::Pressure);
+        });
+        for Refused { scope, reason } in refused {
+            let properties = [("scope", scope.name()), ("reason", reason.as_str())];
+            self.emit("vm", "overcommit-trigger-refused", &properties);
+        }
     }
 
     /// Tells the other VMs, once, that the governor drives nothing: the VM is paused, the mode is
@@ -33,6 +48,7 @@ impl Vmm {
         if self.next_look().is_none_or(|due| due > Instant::now()) {
             return;
         }
+        self.arm_triggers();
         let Some(created) = &self.created else {
             return;
         };

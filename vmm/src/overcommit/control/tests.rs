@@ -11,6 +11,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::overcommit::Alone;
 use crate::overcommit::psi::Paths;
+use crate::overcommit::triggers::Scope;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -239,6 +240,36 @@ fn pressure_stalls_count_like_missing_memory() {
         step.is_some()
     }));
     assert_eq!(step.unwrap().reason, Reason::HostPressure);
+}
+
+#[test]
+fn pressure_between_two_looks_is_acted_on_at_once_but_no_step_comes_sooner_than_the_interval() {
+    const HOUR_MS: u32 = 3_600_000;
+    let host = Host::new();
+    host.say(800 * MIB, "0.00");
+    let mut control = host.control();
+    let mut guest = Guest::new(true);
+    // The first answer of the guest's statistics has come.
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None);
+    }
+    assert!(control.due(HOUR_MS) > Instant::now());
+    // The average knows nothing of it yet.
+    control.pressed = Pressed::of(Scope::Host);
+    assert!(control.due(HOUR_MS) <= Instant::now());
+    let step = guest.look(&mut control).expect("a step");
+    assert_eq!(
+        (step.action(), step.reason),
+        ("inflate", Reason::HostPressure)
+    );
+    // It is told of again: the next step is not due yet.
+    control.pressed = Pressed::of(Scope::Host);
+    assert!(control.due(HOUR_MS) > Instant::now() + Duration::from_secs(3000));
+    assert!(control.due(1) <= Instant::now());
+    // While nothing is driven it means nothing.
+    control.rest();
+    control.restart();
+    assert!(!control.pressed.any());
 }
 
 #[test]
