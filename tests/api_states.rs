@@ -22,6 +22,7 @@ fn status(client: &mut Client, operation: &str) -> u16 {
         }
         "vm.disk-info" => client.get("vm.disk-info?id=_disk7"),
         "vm.resize-disk" => client.put(operation, r#"{"id":"_disk7","desired_size":512}"#),
+        "vm.snapshot-disk" => client.put(operation, r#"{"disks":[{"id":"_disk7","path":"/o"}]}"#),
         "vm.resume-disk" => client.put(operation, r#"{"id":"_disk7"}"#),
         "vm.resize" => client.put(operation, r#"{"desired_balloon":4096}"#),
         "vm.resize-balloon" => client.put(operation, r#"{"id":"b","desired_size":0}"#),
@@ -38,11 +39,12 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     answer.status
 }
 
-const OPERATIONS: [&str; 22] = [
+const OPERATIONS: [&str; 23] = [
     "vm.overcommit",
     "vm.disk-info",
     "vm.resize-disk",
     "vm.resume-disk",
+    "vm.snapshot-disk",
     "vm.resize",
     "vm.resize-balloon",
     "vm.set-overcommit",
@@ -115,7 +117,11 @@ fn a_verb_that_does_not_fit_the_state_is_409() {
                 "vm.balloon-stats" if state == State::Running => 200,
                 "vm.remove-device" => 404,
                 "vm.disk-info" if state != State::Created => 404,
-                "vm.resize-disk" | "vm.resume-disk" if state != State::Created => 204,
+                "vm.resize-disk" | "vm.resume-disk" | "vm.snapshot-disk"
+                    if state != State::Created =>
+                {
+                    204
+                }
                 "vm.counters" if fits(state).contains(&operation) => 200,
                 _ if fits(state).contains(&operation) => 204,
                 _ => 409,

@@ -123,6 +123,9 @@ impl FakeVmm {
                 answer!(reply, check(Verb::Balloons, state).map(|()| Vec::new()))
             }
             Command::ResizeDisk { reply, .. } => answer!(reply, check(Verb::ResizeDisk, state)),
+            Command::SnapshotDisk { reply, .. } => {
+                answer!(reply, check(Verb::SnapshotDisk, state))
+            }
             Command::ResumeDisk { reply, .. } => answer!(reply, check(Verb::ResumeDisk, state)),
             Command::DiskInfo { id, reply } => {
                 let info = check(Verb::DiskInfo, state);

@@ -51,7 +51,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         vm::resume, vm::power_button, vm::nmi, vm::delete,
         vm::resize, vm::set_overcommit,
         devices::add_disk, devices::create_disk, devices::remove,
-        disks::resize, disks::resume, disks::info,
+        disks::resize, disks::resume, disks::snapshot, disks::info,
         balloons::add, balloons::resize, balloons::list, balloons::stats,
         observe::overcommit, observe::metrics,
         events::stream, documents::openapi,

@@ -23,6 +23,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::block_signal;
 
+use crate::disk::exchange::Exchange;
 use crate::event::{DeviceEvent, Reporter};
 use crate::sandbox::Filter;
 use crate::virtio::Activation;
@@ -42,6 +43,8 @@ pub enum Order {
     Resume,
     /// Look at what the device's owner has left for it, paused or not.
     Attend,
+    /// A step in exchanging the engine of a disk's worker, which is paused.
+    Exchange(Exchange),
     /// End the thread, after finishing what is in flight.
     Stop,
 }
@@ -86,6 +89,9 @@ pub trait Handler: Send + 'static {
     fn attend(&mut self) -> Result<(), WorkerError> {
         Ok(())
     }
+    /// A step in exchanging the engine under a disk's queue; the handler watches its descriptors
+    /// itself. A device without one drops the order, and with it the way to answer.
+    fn exchange(&mut self, _step: Exchange, _epoll: &Epoll) {}
     /// Finishes what is in flight and gives up the queues; never fails, but may drop results.
     fn reset(&mut self);
 }
@@ -277,6 +283,10 @@ impl<H: Handler> Loop<H> {
             }
             Order::Resume => Flow::Go,
             Order::Attend => self.attempt(Handler::attend),
+            Order::Exchange(step) => {
+                self.handler.exchange(step, &self.epoll);
+                Flow::Go
+            }
             Order::Stop => Flow::End,
         }
     }
@@ -303,6 +313,7 @@ impl<H: Handler> Loop<H> {
                     // No descriptor is watched that would have it go on later.
                     self.attempt(Handler::quiesce);
                 }
+                Ok(Order::Exchange(step)) => self.handler.exchange(step, &self.epoll),
                 Ok(Order::Stop) | Err(_) => return Flow::End,
             }
         }

@@ -166,6 +166,57 @@ fn a_full_host_is_an_event_and_no_io_error_and_space_that_is_added_ends_it() {
 }
 
 #[test]
+fn a_disk_whose_host_is_full_moves_on_to_an_overlay_elsewhere_and_nothing_is_lost() {
+    for policy in ["hold", "pause-vm"] {
+        let Some(mut full) = Full::boot(json!({"on_enospc": policy})) else {
+            return;
+        };
+        full.events.wait_for("disk-full");
+        let before = match policy {
+            "hold" => full.settle(),
+            _ => {
+                full.events.wait_for("paused");
+                0
+            }
+        };
+        let overlay = full.ballast.as_ref().unwrap().path("overlay.qcow2");
+        let body = json!({"disks": [{"id": "thin", "path": overlay}]});
+        full.client.put_json("vm.snapshot-disk", &body);
+        if policy == "pause-vm" {
+            assert_eq!(full.client.state(), "Paused");
+            let body = json!({"id": "thin"});
+            full.client.put_json("vm.resume-disk", &body);
+        }
+        let end = full.events.wait_for("disk-resumed");
+        assert_eq!(end["properties"]["outcome"], "done");
+        assert_eq!(full.settle(), CHUNKS);
+        full.assert_no_io_error();
+        full.assert_written(before);
+        let chain = full.info()["backing_chain"].clone();
+        assert_eq!(chain[0]["path"], json!(full.folder.join("image")));
+        full.client.put("vm.shutdown");
+        let raw = overlay.with_extension("raw");
+        let ballast = crate::support::ballast::binary();
+        let mut convert = Command::new(ballast);
+        convert.args([
+            "disk",
+            "convert",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            "--backing-files",
+        ]);
+        assert!(convert.arg(&overlay).arg(&raw).status().unwrap().success());
+        let content = fs::read(&raw).unwrap();
+        for chunk in 0..CHUNKS {
+            let bytes = &content[chunk * WRITER_CHUNK..][..WRITER_CHUNK];
+            assert!(bytes == writer_chunk(chunk), "{policy}: chunk {chunk}");
+        }
+    }
+}
+
+#[test]
 fn what_was_acknowledged_survives_a_sigkill_while_the_rest_is_held() {
     for disk in [json!({}), json!({"disable_io_uring": true})] {
         let Some(mut full) = Full::boot(disk) else {

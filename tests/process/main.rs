@@ -23,6 +23,7 @@ mod ledger_chaos;
 mod lifecycle;
 mod observe;
 mod overcommit;
+mod snapshot_disk;
 mod states;
 
 use serde_json::Value;

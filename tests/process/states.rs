@@ -21,7 +21,7 @@ use State::{Created, None, Paused, Running};
 const STATES: [State; 4] = [None, Created, Running, Paused];
 
 /// Status of each request by state: no VM, Created, Running, Paused.
-const TABLE: [(&str, &str, [u16; 4]); 25] = [
+const TABLE: [(&str, &str, [u16; 4]); 26] = [
     ("GET", "vmm.ping", [200, 200, 200, 200]),
     ("GET", "vm.info", [404, 200, 200, 200]),
     ("GET", "openapi.json", [200, 200, 200, 200]),
@@ -40,6 +40,8 @@ const TABLE: [(&str, &str, [u16; 4]); 25] = [
     ("GET", "vm.disk-info?id=there", [404, 409, 200, 200]),
     ("PUT", "vm.resize-disk", [404, 409, 204, 204]),
     ("PUT", "vm.resume-disk", [404, 409, 204, 204]),
+    // What is there by then is never replaced.
+    ("PUT", "vm.snapshot-disk", [404, 409, 204, 400]),
     ("PUT", "vm.add-balloon", [404, 200, 200, 200]),
     ("PUT", "vm.resize", [404, 204, 204, 204]),
     ("PUT", "vm.resize-balloon", [404, 204, 204, 204]),
@@ -82,6 +84,10 @@ fn send(ballast: &Ballast, client: &mut Client, method: &str, path: &str) -> Res
         "vm.resize-balloon" => Some(json!({"id": "__balloon", "desired_size": 8192})),
         "vm.resize-disk" => Some(json!({"id": "there", "desired_size": 2 << 20})),
         "vm.resume-disk" => Some(json!({"id": "there"})),
+        "vm.snapshot-disk" => {
+            let path = ballast.path("overlay");
+            Some(json!({"disks": [{"id": "there", "path": path}]}))
+        }
         "vm.remove-device" => Some(json!({"id": "there"})),
         _ => Option::None,
     };

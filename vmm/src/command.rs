@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 
 use devices::balloon::BalloonInfo;
+use devices::block::snapshot::DiskSnapshot;
 use devices::block::{DiskInfo, NewDiskConfig};
 use devices::config::DeviceConfig;
 use tokio::sync::{broadcast, oneshot, watch};
@@ -80,6 +81,11 @@ pub enum Command {
     ResizeDisk {
         id: String,
         desired_size: u64,
+        reply: Reply<()>,
+    },
+    /// `vm.snapshot-disk`: move disks on to new overlays, all or none.
+    SnapshotDisk {
+        disks: Vec<DiskSnapshot>,
         reply: Reply<()>,
     },
     /// `vm.resume-disk`: try again what is held for lack of space; to `give_up` is to hold nothing

@@ -30,6 +30,9 @@ use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 use crate::{cpuid, memory};
 
 mod policy;
+mod snapshot;
+
+pub use snapshot::MovedOn;
 
 /// A VM that exists.
 pub struct Created {

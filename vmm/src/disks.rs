@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use devices::block::watermarks::{Passed, Watermarks};
 
+use crate::created::MovedOn;
 use crate::device_manager::DeviceManager;
 use crate::event::Events;
 
@@ -74,6 +75,20 @@ pub fn emit(events: &Events, id: &str, passed: &Passed) {
             ("used_bytes", &passed.used.to_string()),
             ("total_bytes", &passed.total.to_string()),
             ("free_bytes", &free.to_string()),
+        ],
+    );
+}
+
+/// Tells that a disk has moved on to an overlay.
+pub fn emit_moved_on(events: &Events, disk: &MovedOn) {
+    let (path, below) = (disk.path.display(), disk.backing_path.display());
+    events.emit(
+        "virtio-device",
+        "disk-snapshot",
+        &[
+            ("id", &disk.id),
+            ("path", &path.to_string()),
+            ("backing_path", &below.to_string()),
         ],
     );
 }

@@ -61,6 +61,7 @@ pub enum Verb {
     BalloonStats,
     ResizeDisk,
     ResumeDisk,
+    SnapshotDisk,
     DiskInfo,
 }
 
@@ -86,6 +87,7 @@ impl Verb {
             Self::BalloonStats => "vm.balloon-stats",
             Self::ResizeDisk => "vm.resize-disk",
             Self::ResumeDisk => "vm.resume-disk",
+            Self::SnapshotDisk => "vm.snapshot-disk",
             Self::DiskInfo => "vm.disk-info",
         }
     }
@@ -97,7 +99,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     use Verb::{
         AddDevice, BalloonStats, Balloons, Boot, Counters, Create, DiskInfo, Nmi, Pause,
         PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk, Resume, ResumeDisk,
-        SetOvercommit, Shutdown,
+        SetOvercommit, Shutdown, SnapshotDisk,
     };
     let state = match (verb, state) {
         (Create, None) => return Ok(()),
@@ -108,9 +110,8 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     let legal = match verb {
         Create => false,
         Boot => state == Created,
-        Shutdown | Reboot | Counters | Balloons | ResizeDisk | ResumeDisk | DiskInfo => {
-            state != Created
-        }
+        Shutdown | Reboot | Counters | Balloons | ResizeDisk | ResumeDisk | SnapshotDisk
+        | DiskInfo => state != Created,
         Pause | PowerButton | Nmi | BalloonStats => state == Running,
         Resume => state == Paused,
         AddDevice | RemoveDevice | Resize | ResizeBalloon | SetOvercommit => {
@@ -131,7 +132,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const VERBS: [Verb; 19] = [
+    const VERBS: [Verb; 20] = [
         Verb::Create,
         Verb::Boot,
         Verb::Shutdown,
@@ -150,6 +151,7 @@ mod tests {
         Verb::BalloonStats,
         Verb::ResizeDisk,
         Verb::ResumeDisk,
+        Verb::SnapshotDisk,
         Verb::DiskInfo,
     ];
 
@@ -165,7 +167,7 @@ mod tests {
         use Verb::{
             AddDevice, BalloonStats, Balloons, Boot, Counters, Create, DiskInfo, Nmi, Pause,
             PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk, Resume,
-            ResumeDisk, SetOvercommit, Shutdown,
+            ResumeDisk, SetOvercommit, Shutdown, SnapshotDisk,
         };
         assert_eq!(legal(None), [Create]);
         assert_eq!(
@@ -197,6 +199,7 @@ mod tests {
                 BalloonStats,
                 ResizeDisk,
                 ResumeDisk,
+                SnapshotDisk,
                 DiskInfo
             ]
         );
@@ -215,6 +218,7 @@ mod tests {
                 Balloons,
                 ResizeDisk,
                 ResumeDisk,
+                SnapshotDisk,
                 DiskInfo
             ]
         );

@@ -43,6 +43,7 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
     lists.extend(boot::SYSCALLS);
     lists.push(config::BUILD);
     lists.push(block::CREATE_SYSCALLS);
+    lists.push(block::snapshot::SYSCALLS);
     lists.extend(config::thread_kinds().into_iter().flat_map(|kind| kind.1));
     lists
 }

@@ -247,6 +247,10 @@ impl Vmm {
                     .and_then(|c| c.running()?.devices.resize_disk(&id, desired_size));
                 self.answer(reply, result);
             }
+            Command::SnapshotDisk { disks, reply } => {
+                let result = self.snapshot_disks(&disks);
+                self.answer(reply, result);
+            }
             Command::ResumeDisk { id, give_up, reply } => {
                 let result = self.resume_disk(&id, give_up);
                 self.answer(reply, result);

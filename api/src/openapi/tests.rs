@@ -8,7 +8,7 @@ use super::*;
 use crate::body;
 use crate::routes::balloons::ResizeBalloon;
 use crate::routes::devices::RemoveDevice;
-use crate::routes::disks::{ResizeDisk, ResumeDisk};
+use crate::routes::disks::{ResizeDisk, ResumeDisk, SnapshotDisk};
 
 fn committed(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -55,7 +55,7 @@ fn the_committed_documents_are_what_the_code_says() {
 fn every_operation_has_an_id_a_tag_a_description_and_one_success() {
     let document = document();
     let operations = operations(&document);
-    assert_eq!(operations.len(), 29);
+    assert_eq!(operations.len(), 30);
     let mut ids = std::collections::BTreeSet::new();
     for (path, _, operation) in operations {
         let id = operation["operationId"].as_str().expect(path);
@@ -192,6 +192,9 @@ fn every_example_of_a_request_passes_the_real_parser() {
                 }
                 "/vm.resume-disk" => {
                     body::parse::<ResumeDisk>(&bytes).unwrap();
+                }
+                "/vm.snapshot-disk" => {
+                    body::parse::<SnapshotDisk>(&bytes).unwrap();
                 }
                 "/vm.resize" => {
                     body::parse::<VmResize>(&bytes).unwrap();

@@ -1,9 +1,11 @@
-//! Disks and their place on the host: `vm.resize-disk`, `vm.resume-disk`, `vm.disk-info`.
+//! Disks and their place on the host: `vm.resize-disk`, `vm.resume-disk`, `vm.snapshot-disk`,
+//! `vm.disk-info`.
 
 use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use devices::block::DiskInfo;
+use devices::block::snapshot::DiskSnapshot;
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -37,6 +39,18 @@ pub struct ResumeDisk {
     /// can let go of a disk (`vm.remove-device`) only when it has had an answer to all it asked.
     #[serde(default)]
     give_up: bool,
+}
+
+/// Which disks are to move on, and where to.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(
+    as = VmSnapshotDisk,
+    example = json!({"disks": [{"id": "_disk0", "path": "/var/lib/images/data-1.qcow2"}]})
+)]
+pub struct SnapshotDisk {
+    /// All of them at the same moment.
+    #[schema(min_items = 1)]
+    disks: Vec<DiskSnapshot>,
 }
 
 /// Make a disk larger
@@ -77,6 +91,30 @@ pub async fn resume(
     Body(ResumeDisk { id, give_up }): Body<ResumeDisk>,
 ) -> Result<StatusCode, ApiError> {
     order(&handle, |reply| Command::ResumeDisk { id, give_up, reply }).await
+}
+
+/// Freeze what is on disks, and go on in overlays
+///
+/// For each disk a new qcow2 image is made, with subclusters, on top of the one it has, and the disk
+/// moves on to it while the guest uses it. The images of before stay as they were at that moment,
+/// the same one for all disks of the request, and are only read from then on. They look like those
+/// of a machine that lost its power then: what the guest had not flushed may be missing, unless it
+/// froze its file systems. All disks move on or none does; an error leaves nothing behind. The
+/// configuration then has the overlay, with `image_type`, `backing_files`, and the `serial` that the
+/// guest knows. Not possible for disks that are read-only, have several queues, lie on block devices
+/// or are locked as a whole (`lock_granularity`). What is held for lack of space goes to the overlay.
+/// Where the process dies without an answer, an overlay that is there is to be used: what the guest
+/// has written since may be in it.
+#[utoipa::path(
+    put, path = "/vm.snapshot-disk", operation_id = "snapshotDisk", tag = "disks",
+    request_body(content = SnapshotDisk, description = "The disks and their overlays."),
+    responses((status = 204, description = "The disks are on their overlays, which are durable.")),
+)]
+pub async fn snapshot(
+    State(handle): State<Handle>,
+    Body(SnapshotDisk { disks }): Body<SnapshotDisk>,
+) -> Result<StatusCode, ApiError> {
+    order(&handle, |reply| Command::SnapshotDisk { disks, reply }).await
 }
 
 /// Show how a disk stands on the host

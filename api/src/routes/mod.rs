@@ -51,6 +51,7 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.remove-device", put(devices::remove))
         .route("/vm.resize-disk", put(disks::resize))
         .route("/vm.resume-disk", put(disks::resume))
+        .route("/vm.snapshot-disk", put(disks::snapshot))
         .route("/vm.disk-info", get(disks::info))
         .route("/vm.resize", put(vm::resize))
         .route("/vm.set-overcommit", put(vm::set_overcommit))

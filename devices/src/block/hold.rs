@@ -27,7 +27,7 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Hold {
     policy: OnEnospc,
     grace: Option<Duration>,
-    file: Arc<File>,
+    file: Mutex<Arc<File>>,
     reporter: Reporter,
     state: Mutex<State>,
 }
@@ -51,7 +51,7 @@ impl Hold {
         Self {
             policy: config.on_enospc,
             grace: config.enospc_grace_ms.map(Duration::from_millis),
-            file,
+            file: Mutex::new(file),
             reporter,
             state: Mutex::default(),
         }
@@ -141,8 +141,15 @@ impl Hold {
         (state.requests, state.bytes)
     }
 
+    /// The image grows in another file from now on. Called on the VMM thread.
+    pub fn set_file(&self, file: Arc<File>) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = file;
+    }
+
     fn free_bytes(&self) -> Option<u64> {
-        Some(space::of_file_system(&self.file).ok()??.free)
+        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = file.clone();
+        Some(space::of_file_system(&file).ok()??.free)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Block, ImageType, OnEnospc};
+use super::{Block, ImageType, OnEnospc, Opened};
 use crate::config::BuildError;
 use crate::disk::{Format, space};
 
@@ -76,8 +76,9 @@ impl Block {
     /// How the disk stands. Called on the VMM thread.
     pub fn info(&self, id: &str) -> Result<DiskInfo, BuildError> {
         let failed = |e| BuildError::host(format!("looking at the image of {id}"), e);
-        let image = self.image.info().map_err(failed)?;
         let (file, host) = self.space().map_err(failed)?;
+        let Opened { config, image } = &*self.opened();
+        let image = image.info().map_err(failed)?;
         let (held_requests, held_bytes) = self.hold.held();
         let backing = image.backing.into_iter().map(|backing| Backing {
             path: backing.path,
@@ -86,7 +87,7 @@ impl Block {
         let ratio = |(hits, all): (u64, u64)| (all > 0).then(|| hits as f64 / all as f64);
         Ok(DiskInfo {
             id: id.to_owned(),
-            path: self.config.path.clone(),
+            path: config.path.clone(),
             image_type: image.format.into(),
             virtual_size: image.virtual_bytes,
             allocated_size: file.map(|file| file.allocated),
@@ -98,8 +99,8 @@ impl Block {
             leaked_clusters: image.leaked_clusters,
             cache_hit_ratio: image.cache.and_then(ratio),
             snapshots: image.snapshots,
-            write_threshold: self.config.write_threshold,
-            on_enospc: self.config.on_enospc,
+            write_threshold: config.write_threshold,
+            on_enospc: config.on_enospc,
             held_requests,
             held_bytes,
         })
@@ -109,7 +110,7 @@ impl Block {
     pub(super) fn space(
         &self,
     ) -> std::io::Result<(Option<space::FileSpace>, Option<space::FileSystemSpace>)> {
-        let file = self.image.host_file();
+        let file = self.opened().image.host_file();
         Ok((space::of_file(&file)?, space::of_file_system(&file)?))
     }
 }

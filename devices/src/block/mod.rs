@@ -11,13 +11,14 @@ mod info;
 mod new_disk;
 pub mod request;
 mod shared;
+pub mod snapshot;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod watermarks;
 mod worker;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -32,7 +33,7 @@ use self::request::ID_BYTES;
 use self::shared::{Offer, Shared};
 use self::worker::{Common, QueueHandler};
 use crate::config::{BuildContext, BuildError, Invalid};
-use crate::disk::{self, Format, Image, OpenOptions, SECTOR, space};
+use crate::disk::{self, Format, Image, OpenOptions, SECTOR, qcow2, raw, space};
 use crate::rate_limiter::RateLimiter;
 use crate::sandbox::{Allow, COMMON, Filter, WORKER};
 use crate::timer;
@@ -56,8 +57,13 @@ pub struct Block {
     /// Rung to have a queue try again what it holds for lack of space.
     retries: Vec<Arc<EventFd>>,
     hold: Arc<Hold>,
+    opened: Mutex<Opened>,
+}
+
+/// The image that the disk has now. Used on the VMM thread only; what is locked is never waited for.
+struct Opened {
     config: DiskConfig,
-    image: Box<dyn Image>,
+    image: Arc<dyn Image>,
 }
 
 impl Block {
@@ -101,7 +107,14 @@ impl Block {
             };
             counters.push(signals.counters.clone());
             retries.push(signals.retry_now.clone());
-            workers.push(spawn(index, image.as_ref(), &common, signals, &context)?);
+            workers.push(spawn(
+                index,
+                image.as_ref(),
+                &common,
+                signals,
+                &context,
+                config,
+            )?);
         }
         Ok(Self {
             shared,
@@ -110,8 +123,10 @@ impl Block {
             workers,
             retries,
             hold,
-            config: config.clone(),
-            image,
+            opened: Mutex::new(Opened {
+                config: config.clone(),
+                image: image.into(),
+            }),
         })
     }
 
@@ -135,18 +150,31 @@ impl Block {
         self.hold.wants_pause()
     }
 
+    /// The disk's configuration as it is now.
+    pub fn config(&self) -> DiskConfig {
+        self.opened().config.clone()
+    }
+
     /// Size of the disk.
     pub fn size_bytes(&self) -> u64 {
-        self.image.size_bytes()
+        self.opened().image.size_bytes()
+    }
+
+    fn opened(&self) -> MutexGuard<'_, Opened> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the image larger; the driver is not told before [`Block::set_size`]. Refusals name
     /// the field `desired_size`. Called on the VMM thread.
     pub fn grow(&self, size_bytes: u64) -> Result<(), BuildError> {
         let refuse = |reason: String| Err(Invalid::new("desired_size", reason).into());
-        let is = self.image.size_bytes();
-        let block = u64::from(self.image.geometry().logical_block);
-        if self.config.readonly {
+        let (config, image) = {
+            let opened = self.opened();
+            (opened.config.clone(), opened.image.clone())
+        };
+        let is = image.size_bytes();
+        let block = u64::from(image.geometry().logical_block);
+        if config.readonly {
             return refuse("the disk is read-only".to_owned());
         }
         if size_bytes < is {
@@ -163,20 +191,20 @@ impl Block {
                     .take(1)
                     .for_each(|w| w.order(Order::Attend))
             };
-            self.image.grow(size_bytes, &attend)?;
+            image.grow(size_bytes, &attend)?;
         }
         Ok(())
     }
 
     /// Whether the image has another size than the driver was told.
     pub fn has_new_size(&self) -> bool {
-        self.shared.capacity_sectors() != self.image.size_bytes() / SECTOR
+        self.shared.capacity_sectors() != self.size_bytes() / SECTOR
     }
 
     /// Puts the size of the image into the configuration space. The transport must tell the driver
     /// in the same breath.
     pub fn set_size(&self) {
-        self.shared.set_size(self.image.size_bytes());
+        self.shared.set_size(self.size_bytes());
     }
 }
 
@@ -210,17 +238,29 @@ impl DiskConfig {
     }
 }
 
-/// The kinds of thread there are, with the lists of their filters: a queue of each engine.
+/// The kinds of thread there are, with the lists of their filters: a queue of each engine, and one
+/// whose engine can be exchanged for that of an overlay.
 pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
-    disk::QUEUES
+    let own = disk::QUEUES
         .iter()
-        .map(|(kind, list)| (*kind, lists(list).to_vec()))
-        .collect()
+        .map(|(kind, list)| (*kind, lists(list, false)));
+    let exchanged = [
+        ("raw-io-uring-or-overlay", raw::URING_SYSCALLS),
+        ("raw-sync-or-overlay", raw::SYNC_SYSCALLS),
+        ("qcow2-or-overlay", qcow2::WRITE_SYSCALLS[0]),
+    ];
+    let exchanged = exchanged.map(|(kind, list)| (kind, lists(list, true)));
+    own.chain(exchanged).collect()
 }
 
-/// The lists of the filter of a queue's thread, whose engine has the list `engine`.
-fn lists(engine: &'static [Allow]) -> [&'static [Allow]; 5] {
-    [COMMON, WORKER, engine, timer::SYSCALLS, space::SYSCALLS]
+/// The lists of the filter of a queue's thread, whose engine has the list `engine`; with `overlay`
+/// it may be exchanged for that of an overlay.
+fn lists(engine: &'static [Allow], overlay: bool) -> Vec<&'static [Allow]> {
+    let mut lists = vec![COMMON, WORKER, engine, timer::SYSCALLS, space::SYSCALLS];
+    if overlay {
+        lists.extend(qcow2::WRITE_SYSCALLS);
+    }
+    lists
 }
 
 /// Starts the thread of one queue.
@@ -230,12 +270,14 @@ fn spawn(
     common: &Common,
     signals: Signals,
     context: &BuildContext,
+    config: &DiskConfig,
 ) -> Result<Worker, BuildError> {
     let name = thread_name(context.reporter.id(), index);
     let engine = image
         .open_queue(common.queue_size)
         .map_err(|e| BuildError::host(format!("opening a disk queue for {name}"), e))?;
-    let filter = Filter::compile(&name, context.seccomp, &lists(engine.syscalls()))
+    let lists = lists(engine.syscalls(), snapshot::is_possible(config));
+    let filter = Filter::compile(&name, context.seccomp, &lists)
         .map_err(|e| BuildError::host("compiling a filter", std::io::Error::other(e)))?;
     let (counters, retry_now) = (signals.counters, signals.retry_now);
     let handler = QueueHandler::new(common.clone(), counters, engine, retry_now)

@@ -83,6 +83,11 @@ impl Shared {
         }
     }
 
+    /// The unit in which the guest uses the disk, in bytes.
+    pub fn logical_block(&self) -> u32 {
+        self.geometry.logical_block
+    }
+
     /// Size of the disk in sectors.
     pub fn capacity_sectors(&self) -> u64 {
         self.capacity_sectors.load(Ordering::Relaxed)

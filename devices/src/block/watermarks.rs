@@ -74,10 +74,10 @@ pub struct Watermarks {
 impl Watermarks {
     /// Looks at a disk, and says what has been passed since. What can't be found out is as it was.
     pub fn look(&mut self, block: &Block) -> Vec<Passed> {
-        let config = &block.config;
         let Ok((file, host)) = block.space() else {
             return Vec::new();
         };
+        let config = &block.opened().config;
         let mut passed = Vec::new();
         if let Some(host) = host {
             let used = host.total.saturating_sub(host.free);
@@ -104,7 +104,7 @@ impl Watermarks {
 impl Block {
     /// Whether there is anything for [`Watermarks::look`] to tell.
     pub fn is_watched(&self) -> bool {
-        let config = &self.config;
+        let config = &self.opened().config;
         !config.readonly
             && (!config.space_watermarks.is_empty() || config.write_threshold.is_some())
     }

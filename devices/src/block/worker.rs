@@ -19,6 +19,7 @@
 
 mod active;
 mod completing;
+mod exchange;
 mod holding;
 mod taking;
 
@@ -27,6 +28,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::active::Active;
@@ -35,6 +37,7 @@ use super::counters::QueueCounters;
 use super::hold::Hold;
 use super::request::{ID_BYTES, Parser};
 use super::shared::Shared;
+use crate::disk::exchange::Exchange;
 use crate::disk::{Buffers, Completion, Queue};
 use crate::event::{HoldOutcome, Reporter};
 use crate::rate_limiter::RateLimiter;
@@ -87,6 +90,10 @@ pub struct QueueHandler {
     taken: u64,
     /// Chains wait for a completion.
     starved: bool,
+    /// The engine is about to be exchanged: it must not be given anything to do.
+    frozen: bool,
+    /// The engine that is to come.
+    staged: Option<Box<dyn Queue>>,
     /// The engine failed with requests in flight; their tags must never be used again.
     broken: bool,
     spare: Vec<Buffers>,
@@ -117,6 +124,8 @@ impl QueueHandler {
             active: None,
             taken: 0,
             starved: false,
+            frozen: false,
+            staged: None,
             broken: false,
             spare: Vec::with_capacity(size),
             completed: Vec::with_capacity(size),
@@ -229,6 +238,10 @@ impl Handler for QueueHandler {
     fn quiesce(&mut self) -> Result<(), WorkerError> {
         self.drain_engine()?;
         self.deliver()
+    }
+
+    fn exchange(&mut self, step: Exchange, epoll: &Epoll) {
+        self.take_step(step, epoll);
     }
 
     fn resume(&mut self) -> Result<(), WorkerError> {

@@ -81,6 +81,21 @@ impl ImageLock {
         Ok(lock)
     }
 
+    /// Locks `file` as a reader although this process has it locked as its writer, through another
+    /// opening: once that lets go the image is locked as one that is only read, and at no moment in
+    /// between is it free for another writer.
+    pub fn beside_own(file: Arc<File>) -> Result<Self, LockError> {
+        let lock = Self { file };
+        for byte in [
+            USED + CONSISTENT_READ,
+            NOT_SHARED + WRITE,
+            NOT_SHARED + RESIZE,
+        ] {
+            lock.set(libc::F_RDLCK, byte, 1)?;
+        }
+        Ok(lock)
+    }
+
     /// No locks: for another opening of a file that this process has locked.
     pub fn nothing(file: Arc<File>) -> Self {
         Self { file }

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
@@ -33,14 +34,17 @@ impl NewFile {
     }
 
     fn begin_as(path: &Path, may_have_name: bool) -> Result<Self, BuildError> {
-        if path.file_name().is_none() {
+        if path.file_name().is_none() || path.as_os_str().as_bytes().ends_with(b"/") {
             return Err(invalid(format!(
                 "{} is not the name of a file",
                 path.display()
             )));
         }
-        if rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-            return Err(exists(path));
+        match rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => return Err(exists(path)),
+            // Would be found out when it gets its name, at the end.
+            Err(error @ (Errno::NAMETOOLONG | Errno::INVAL)) => return Err(cannot(path, error)),
+            Err(_) => {}
         }
         let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
@@ -67,6 +71,34 @@ impl NewFile {
     /// To write to.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// A name for it as long as this lives, by which this process can open it.
+    pub fn own_name(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
+    }
+
+    /// As [`NewFile::finish`], but it is an error where the name is not sure to survive a power cut,
+    /// and until [`Named::keep`] the name is taken away again.
+    pub fn finish_durably(self) -> Result<Named, BuildError> {
+        let path = self.path.clone();
+        let failed =
+            |error: Errno| BuildError::host(format!("finishing {}", path.display()), error);
+        let stat = rustix::fs::fstat(&self.file).map_err(failed)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::openat(CWD, folder(&path), flags, Mode::empty());
+        let folder = folder.map_err(|e| cannot(&path, e))?;
+        self.finish()?;
+        let named = Named {
+            path: path.clone(),
+            identity: (stat.st_dev, stat.st_ino),
+            kept: false,
+        };
+        match rustix::fs::fsync(&folder) {
+            // A file system that can't sync a folder has kept the name already.
+            Ok(()) | Err(Errno::INVAL) => Ok(named),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     /// Makes it durable and gives it its name.
@@ -120,6 +152,34 @@ impl Drop for NewFile {
     }
 }
 
+/// A file that has just got its name, and loses it again unless it is kept.
+pub struct Named {
+    path: PathBuf,
+    identity: (u64, u64),
+    kept: bool,
+}
+
+impl Named {
+    /// Leaves it where it is.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let found = rustix::fs::statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW);
+        if found.is_ok_and(|found| (found.st_dev, found.st_ino) == self.identity)
+            && let Err(error) = rustix::fs::unlinkat(CWD, &self.path, AtFlags::empty())
+        {
+            tracing::warn!(path = %self.path.display(), %error, "a new file is left behind");
+        }
+    }
+}
+
 fn folder(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -168,7 +228,11 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
         assert!(late.finish().unwrap_err().to_string().contains("exists"));
         assert!(NewFile::begin(&path).is_err());
-        assert!(NewFile::begin(&folder.path().join("..")).is_err());
+        let name = "n".repeat(300);
+        for wrong in ["..", "other/", "nul\0", &name] {
+            let refused = NewFile::begin(&folder.path().join(wrong)).err();
+            assert!(matches!(refused, Some(BuildError::Invalid(_))), "{wrong}");
+        }
         assert!(NewFile::begin(&folder.path().join("no/such")).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
         assert_eq!(names(), 1);
@@ -185,6 +249,26 @@ mod tests {
             matches!(&error, BuildError::Invalid(wrong) if wrong.field == "path"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_name_that_is_not_kept_goes_again_unless_another_file_has_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new");
+        let finished = || NewFile::begin(&path).unwrap().finish_durably().unwrap();
+        let named = finished();
+        assert!(path.exists());
+        drop(named);
+        assert!(!path.exists());
+        let named = finished();
+        std::fs::rename(&path, folder.path().join("moved")).unwrap();
+        std::fs::write(&path, "another").unwrap();
+        drop(named);
+        assert_eq!(std::fs::read(&path).unwrap(), b"another");
+        assert!(folder.path().join("moved").exists());
+        std::fs::remove_file(&path).unwrap();
+        finished().keep();
+        assert!(path.exists());
     }
 
     #[test]

@@ -55,15 +55,28 @@ pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
 
 /// Opens and locks a file of any size.
 pub fn open_file(options: &OpenOptions) -> Result<HostFile, BuildError> {
-    open_any(options, true)
+    open_any(options, Locking::Take)
+}
+
+/// Opens a file for reading that this process writes to, through another opening that is about to
+/// end.
+pub fn open_beside_own(options: &OpenOptions) -> Result<HostFile, BuildError> {
+    open_any(options, Locking::BesideOwn)
 }
 
 /// Opens a file that this process has locked already, to look at it.
 pub fn open_unlocked(options: &OpenOptions) -> Result<HostFile, BuildError> {
-    open_any(options, false)
+    open_any(options, Locking::Nothing)
 }
 
-fn open_any(options: &OpenOptions, locked: bool) -> Result<HostFile, BuildError> {
+/// How a file is locked.
+enum Locking {
+    Take,
+    BesideOwn,
+    Nothing,
+}
+
+fn open_any(options: &OpenOptions, locking: Locking) -> Result<HostFile, BuildError> {
     let path = options.path.as_path();
     let before = rustix::fs::stat(path).map_err(|e| refused(path, e))?;
     check_kind(&before)?;
@@ -76,11 +89,12 @@ fn open_any(options: &OpenOptions, locked: bool) -> Result<HostFile, BuildError>
     rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| refused(path, e))?;
 
     let file = Arc::new(File::from(fd));
-    let lock = match locked {
-        true => ImageLock::take(file.clone(), !options.readonly, options.lock)
-            .map_err(|e| lock_failed(path, e))?,
-        false => ImageLock::nothing(file.clone()),
+    let lock = match locking {
+        Locking::Take => ImageLock::take(file.clone(), !options.readonly, options.lock),
+        Locking::BesideOwn => ImageLock::beside_own(file.clone()),
+        Locking::Nothing => Ok(ImageLock::nothing(file.clone())),
     };
+    let lock = lock.map_err(|e| lock_failed(path, e))?;
     let size_bytes = size(&file, &stat, block_device).map_err(|e| refused(path, e))?;
     let (geometry, direct_memory_align) = alignment(&file, &stat, block_device, options.direct)
         .map_err(|e| {

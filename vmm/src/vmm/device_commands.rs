@@ -1,12 +1,14 @@
 //! Commands to devices: plugged, unplugged, resized, asked.
 
 use devices::balloon::BalloonInfo;
+use devices::block::snapshot::DiskSnapshot;
 use devices::config::DeviceConfig;
 
 use super::Vmm;
 use crate::balloons;
 use crate::command::Reply;
 use crate::config::VmResize;
+use crate::disks::emit_moved_on;
 use crate::error::Error;
 use crate::overcommit::control::COUNTERS_ID;
 use crate::state::{State, Verb};
@@ -41,6 +43,15 @@ impl Vmm {
         disk.retry_held();
         if created.is_paused_for_space() {
             self.resume()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn snapshot_disks(&mut self, disks: &[DiskSnapshot]) -> Result<(), Error> {
+        let moved = self.created(Verb::SnapshotDisk)?.snapshot_disks(disks)?;
+        self.publish();
+        for disk in moved {
+            emit_moved_on(&self.endpoint.events, &disk);
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ mod load;
 mod malicious;
 mod model;
 mod qcow2;
+mod snapshot;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -35,6 +35,10 @@ impl QueueHandler {
     /// taken.
     pub(super) fn serve(&mut self) -> Result<(), WorkerError> {
         self.taken = 0;
+        if self.frozen {
+            // A driver that has just come is served when the worker goes on.
+            return Ok(());
+        }
         for _ in 0..ROUNDS {
             if self.taken >= MAX_IN_FLIGHT {
                 break;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::super::buffers::{AlignedBuffer, Buffers, read_at};
 use super::super::lock::ImageLock;
-use super::super::open::{HostFile, open_file};
+use super::super::open::{HostFile, open_beside_own, open_file};
 use super::super::{Format, Geometry, OpenOptions};
 use super::cache::{SliceCache, SliceKey};
 use super::details::{self, ReadError, Snapshot};
@@ -113,13 +113,27 @@ pub struct Top {
 impl Chain {
     /// Opens and locks all of them; those below the topmost for reading.
     pub fn open(options: &OpenOptions) -> Result<(Self, Top), BuildError> {
+        Self::open_as(options, false)
+    }
+
+    /// The same for an overlay of an image that this process is writing to.
+    pub fn open_over_own(options: &OpenOptions) -> Result<(Self, Top), BuildError> {
+        Self::open_as(options, true)
+    }
+
+    fn open_as(options: &OpenOptions, over_own: bool) -> Result<(Self, Top), BuildError> {
         let mut layers = Vec::new();
         let mut seen = Vec::new();
         let mut l1_bytes = 0;
         let mut top = None;
         let mut next = Some((options.path.clone(), Format::Qcow2));
         while let Some((path, format)) = next.take() {
-            let host = open_host(options, &path, layers.is_empty())?;
+            let how = match layers.len() {
+                0 => Opening::Top,
+                1 if over_own => Opening::Own,
+                _ => Opening::Below,
+            };
+            let host = open_host(options, &path, how)?;
             if seen.contains(&host.identity) {
                 return Err(refused(&path, "it is its own backing file"));
             }
@@ -269,13 +283,26 @@ fn alignment(host: &HostFile) -> Option<Alignment> {
     })
 }
 
-fn open_host(options: &OpenOptions, path: &Path, top: bool) -> Result<HostFile, BuildError> {
+/// What an image is in its chain.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Opening {
+    Top,
+    /// Below, and this process is still writing to it.
+    Own,
+    Below,
+}
+
+fn open_host(options: &OpenOptions, path: &Path, how: Opening) -> Result<HostFile, BuildError> {
+    let top = how == Opening::Top;
     let options = OpenOptions {
         path: path.into(),
         readonly: options.readonly || !top,
         ..options.clone()
     };
-    let host = open_file(&options);
+    let host = match how {
+        Opening::Own => open_beside_own(&options),
+        Opening::Top | Opening::Below => open_file(&options),
+    };
     if top {
         return host;
     }

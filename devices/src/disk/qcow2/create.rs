@@ -39,6 +39,16 @@ pub struct NewBacking {
     pub format: Format,
 }
 
+impl NewBacking {
+    fn check_name(&self) -> Result<(), BuildError> {
+        if !(1..=MAX_BACKING_NAME).contains(&self.name.as_os_str().len()) {
+            let reason = format!("its name must have 1 to {MAX_BACKING_NAME} bytes");
+            return Err(invalid("backing_file", reason));
+        }
+        Ok(())
+    }
+}
+
 /// What a new image shall be. `None` leaves the choice to [`create`].
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
@@ -91,6 +101,11 @@ impl CreateOptions {
                 "must be given where there is no backing file",
             ));
         };
+        self.shape_of(size_bytes)
+    }
+
+    /// The same for a disk of `size_bytes`.
+    fn shape_of(&self, size_bytes: u64) -> Result<Shape, BuildError> {
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) || size_bytes > i64::MAX as u64 {
             return Err(invalid(
                 "size",
@@ -185,11 +200,8 @@ impl CreateOptions {
 
     /// The size of the disk below, whose whole chain must be there.
     fn check_backing(&self, backing: &NewBacking) -> Result<u64, BuildError> {
+        backing.check_name()?;
         let name = backing.name.as_os_str().as_bytes();
-        if name.is_empty() || name.len() > MAX_BACKING_NAME {
-            let reason = format!("its name must have 1 to {MAX_BACKING_NAME} bytes");
-            return Err(invalid("backing_file", reason));
-        }
         let recorded = Backing {
             name: name.to_vec(),
             format: Some(backing.format.name().as_bytes().to_vec()),
@@ -227,6 +239,25 @@ pub fn create_nameless(options: &CreateOptions) -> Result<(), BuildError> {
         ..options.clone()
     };
     fill(&alone, shape, NewFile::begin_nameless(&options.path)?).map(drop)
+}
+
+/// Begins an overlay, with subclusters, of an image that is in use and is not looked at: a disk of
+/// `size_bytes`. The file is whole, and has no name yet.
+pub fn begin_overlay(
+    path: &Path,
+    size_bytes: u64,
+    backing: NewBacking,
+) -> Result<NewFile, BuildError> {
+    backing.check_name()?;
+    let options = CreateOptions {
+        backing: Some(backing),
+        ..CreateOptions::new(path, Format::Qcow2)
+    };
+    let shape = options.shape_of(size_bytes)?;
+    let new = NewFile::begin_nameless(path)?;
+    let written = ImageWriter::new(new.file(), shape).and_then(ImageWriter::finish);
+    written.map_err(|e| BuildError::host(format!("writing {}", path.display()), e))?;
+    Ok(new)
 }
 
 fn fill(options: &CreateOptions, shape: Shape, new: NewFile) -> Result<u64, BuildError> {

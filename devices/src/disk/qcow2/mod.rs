@@ -41,12 +41,12 @@ pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-use self::chain::Chain;
+use self::chain::{Chain, Top};
 use self::details::Snapshot;
 use self::header::Header;
 use self::map::Layout;
@@ -83,6 +83,39 @@ impl Qcow2Image {
     /// Opens and locks all of the chain.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
         let (chain, top) = Chain::open(options)?;
+        Self::of(chain, top, options)
+    }
+
+    /// Opens an overlay that is to be known as `name` of an image that this process is writing to,
+    /// in the file `below`; nothing may be written there any more.
+    pub fn open_overlay(
+        options: &OpenOptions,
+        name: &Path,
+        below: &File,
+    ) -> Result<Self, BuildError> {
+        let (mut chain, top) = Chain::open_over_own(options)?;
+        let stat = |file: &File| {
+            let stat = rustix::fs::fstat(file);
+            stat.map_err(|e| BuildError::host("looking at a backing file", e))
+        };
+        let expected = stat(below)?;
+        let found = match chain.layers.get(1) {
+            Some(layer) => stat(&layer.file)?,
+            None => return Err(chain::refused(name, "it has no backing file")),
+        };
+        if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino) {
+            let reason = "another file has come where the disk's image was";
+            return Err(chain::refused(name, reason));
+        }
+        if let Some(layer) = chain.layers.first_mut() {
+            layer.path = name.into();
+        }
+        let mut image = Self::of(chain, top, options)?;
+        image.path = name.into();
+        Ok(image)
+    }
+
+    fn of(chain: Chain, top: Top, options: &OpenOptions) -> Result<Self, BuildError> {
         let size_bytes = chain.size_bytes();
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
             let reason = format!(
