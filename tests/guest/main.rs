@@ -23,5 +23,6 @@ mod power;
 mod reset;
 mod serial;
 mod thin;
+mod thin_crash;
 mod userland;
 mod vm;
