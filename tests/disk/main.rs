@@ -4,6 +4,7 @@
 
 mod answers;
 mod bad_input;
+mod differential;
 mod shell;
 mod tools;
 mod whole;

@@ -45,7 +45,8 @@ fn words(line: &str) -> Vec<&str> {
     line.split_whitespace().collect()
 }
 
-fn run(program: &str, folder: &Path, arguments: &[&str]) -> Said {
+/// A program in a folder.
+pub fn run(program: &str, folder: &Path, arguments: &[&str]) -> Said {
     let output = Command::new(program)
         .current_dir(folder)
         .args(arguments)

@@ -194,10 +194,10 @@ fn a_host_that_runs_full_under_a_thin_disk_is_no_error_to_the_guest() {
     vm.agent
         .ok("mkfs.ext4 -q -F /dev/vda && mkdir -p /mnt && mount -t ext4 /dev/vda /mnt");
     let sum = "sha256sum </mnt/large | cut -d' ' -f1";
-    let write = vm.agent.start(&format!(
+    let write = vm.agent.start(
         "dd if=/dev/urandom of=/large bs=1M count=40 2>/dev/null && \
-         cp /large /mnt/large && sync && sha256sum </large | cut -d' ' -f1"
-    ));
+         cp /large /mnt/large && sync && sha256sum </large | cut -d' ' -f1",
+    );
     let event = vm.events.wait_for_device(Mark::START, "disk-full", "thin");
     assert_eq!(event["properties"]["action"], "hold");
     assert_eq!(vm.api.state(), "Running");
