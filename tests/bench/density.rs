@@ -5,37 +5,39 @@
 //! lack of memory, a process of the host likewise, or no burst done by some guest for long. What
 //! counts is the largest number with which all was well for a while.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::Options;
-use crate::support::agent::{Agent, READY};
-use crate::support::ballast::{Ballast, Launch};
 use crate::support::http::Client;
 use crate::support::within;
+use guest::{Guest, Told};
+use trace::Recorder;
+
+mod guest;
+mod trace;
 
 const MIB: u64 = 1 << 20;
 const MAX_SIZE: u64 = 512 * MIB;
 const GUARANTEED_SIZE: u64 = 160 * MIB;
 /// What one burst touches: more than a guest is guaranteed, less than it may have.
 const BURST_MIB: u64 = 200;
-/// From one burst of a guest to its next, in seconds.
-const PERIOD: u64 = 40;
-/// So many are started before anything is looked at, and so many join at a time then.
-const FIRST: usize = 10;
-const MORE: usize = 3;
-/// How long they run together before more join them: each has a burst.
-const SETTLE: Duration = Duration::from_secs(45);
-/// How many processes are killed.
+/// So many join at a time, after the first.
+const MORE: usize = 4;
+/// So many boot at once: one after another, those that work already would have most of the CPU.
+const AT_ONCE: usize = 4;
+/// How long after a full period is looked, for bursts that are on their way.
+const GRACE: Duration = Duration::from_secs(15);
+/// How many processes are killed, and the longest time from one to the next.
 const KILLS: usize = 12;
-/// A guest that has done no burst for so long does not keep up any more.
-const STARVED: Duration = Duration::from_secs(240);
+const KILL_GAP_MS: u64 = 5000;
+/// A guest that has done no burst in so many periods does not keep up any more.
+const STARVED_PERIODS: u64 = 3;
 
 /// Who looks after the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,144 +59,258 @@ pub enum Bursts {
     Coincident,
 }
 
-struct Guest {
-    ballast: Ballast,
-    agent: Agent,
-    started: Instant,
+/// What is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Case {
+    policy: Policy,
+    bursts: Bursts,
+    /// Whether processes are killed at random.
+    kills: bool,
 }
 
-/// What the guests told so far.
-#[derive(Default)]
-struct Told {
-    bursts: usize,
-    killed: usize,
-    starved: usize,
-    dead: usize,
+impl Case {
+    /// All of them, what matters most first.
+    fn all() -> Vec<Self> {
+        let case = |policy, bursts, kills| Self {
+            policy,
+            bursts,
+            kills,
+        };
+        vec![
+            case(Policy::Off, Bursts::Staggered, false),
+            case(Policy::Auto, Bursts::Staggered, false),
+            case(Policy::Auto, Bursts::Coincident, false),
+            case(Policy::Off, Bursts::Coincident, false),
+            case(Policy::Auto, Bursts::Staggered, true),
+            case(Policy::Auto, Bursts::Coincident, true),
+            case(Policy::Reporting, Bursts::Staggered, false),
+            case(Policy::Reporting, Bursts::Coincident, false),
+        ]
+    }
+
+    /// What `--case` calls it: `auto-staggered`, `auto-staggered-kills`.
+    fn name(self) -> String {
+        let kills = if self.kills { "-kills" } else { "" };
+        format!("{:?}-{:?}{kills}", self.policy, self.bursts).to_lowercase()
+    }
+
+    /// Seconds after the beginning of each period at which a guest's burst begins.
+    fn offset(self, number: usize, period: u64) -> u64 {
+        match self.bursts {
+            // The golden ratio's part of the period: whoever comes next falls between the others.
+            Bursts::Staggered => number as u64 * period * 618 / 1000 % period,
+            Bursts::Coincident => 0,
+        }
+    }
 }
 
 struct Host<'a> {
     options: &'a Options,
-    policy: Policy,
-    bursts: Bursts,
+    case: Case,
     ledger: tempfile::TempDir,
     guests: Vec<Guest>,
+    /// How many were ever started.
+    started: usize,
     kills_before: u64,
+    recorder: Option<Recorder>,
 }
 
-/// Prints a table: one line for each policy and way of bursting, as it is measured.
+/// Prints a table: one line for each case, as it is measured.
 pub fn measure(options: &Options) {
     // The host's OOM killer takes guests, not who counts them.
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
         eprintln!("bench: may be killed itself: {error}");
     }
     println!(
-        "| bursts | policy | guests that ran well | bursts each minute then | what ended it |"
+        "| case | guests that ran well | bursts each minute, of each | a burst takes | what ended it |"
     );
     println!("|---|---|---|---|---|");
-    for bursts in [Bursts::Staggered, Bursts::Coincident] {
-        for policy in [Policy::Off, Policy::Auto, Policy::Reporting] {
-            let (well, line) = Host::new(options, policy, bursts).fill();
-            println!("{line}");
-            if policy == Policy::Auto {
-                println!("{}", Host::new(options, policy, bursts).with_kills(well));
-            }
+    for case in Case::all() {
+        let wanted = options.case.as_ref();
+        if wanted.is_none_or(|name| *name == case.name()) {
+            let host = Host::new(options, case);
+            println!(
+                "{}",
+                if case.kills {
+                    host.with_kills(options.first)
+                } else {
+                    host.fill()
+                }
+            );
         }
     }
 }
 
 impl<'a> Host<'a> {
-    fn new(options: &'a Options, policy: Policy, bursts: Bursts) -> Self {
+    fn new(options: &'a Options, case: Case) -> Self {
         Self {
             options,
-            policy,
-            bursts,
+            case,
             ledger: tempfile::tempdir().expect("a folder"),
             guests: Vec::new(),
+            started: 0,
             kills_before: host_kills(),
+            recorder: None,
         }
     }
 
-    /// Starts guests until something breaks or there are as many as `--runs` says; how many ran
-    /// well, and the table's line.
-    fn fill(mut self) -> (usize, String) {
-        let (mut well, mut pace) = (0, 0.0);
+    /// Starts guests until something breaks or there are as many as `--runs` says; the table's
+    /// line.
+    fn fill(mut self) -> String {
+        let (mut well, mut pace) = (0, Pace::default());
         let ended = loop {
-            if self.guests.len() >= self.options.runs {
+            let room = self.options.runs.saturating_sub(self.guests.len());
+            if room == 0 {
                 break "nothing: no more were started".to_owned();
             }
-            let more = if well == 0 { FIRST } else { MORE };
-            let room = self.options.runs - self.guests.len();
-            let started: Result<(), String> = (0..more.min(room)).try_for_each(|_| {
-                self.start_guest()?;
-                self.trouble().map_or(Ok(()), Err)
-            });
-            if let Err(trouble) = started {
+            let more = if well == 0 { self.options.first } else { MORE };
+            let began = Instant::now();
+            if let Err(trouble) = self.start_guests(more.min(room)) {
                 break trouble;
             }
-            let begun = Instant::now();
-            let before = self.told().bursts;
-            let trouble = within(SETTLE, || {
-                thread::sleep(Duration::from_millis(500));
-                self.trouble()
-            });
-            if let Some(trouble) = trouble {
+            eprintln!(
+                "bench: {}: {} guests are up after {:.0} s",
+                self.case.name(),
+                self.guests.len(),
+                began.elapsed().as_secs_f64()
+            );
+            let before = (Instant::now(), self.told());
+            let settle = Duration::from_secs(self.options.period) + GRACE;
+            if let Err(trouble) = self.watch(settle) {
                 break trouble;
             }
             well = self.guests.len();
-            let done = self.told().bursts - before;
-            pace = done as f64 * 60.0 / begun.elapsed().as_secs_f64();
-            eprintln!(
-                "bench: {:?} {:?}: {well} guests, {pace:.1} bursts/min, {} MiB available",
-                self.policy,
-                self.bursts,
-                available() / MIB
-            );
+            pace = self.pace(before);
+            self.tell(pace);
         };
-        let line = format!(
-            "| {:?} | {:?} | {well} | {pace:.1} | {ended}, with {} |",
-            self.bursts,
-            self.policy,
-            self.guests.len()
-        );
-        (well, line)
+        self.tell(pace);
+        let with = self.guests.len();
+        self.line(well, pace, &format!("{ended}, with {with}"))
     }
 
     /// Runs `count` guests, of which one after another is killed at a random moment and replaced;
     /// the table's line. Whoever lives must not suffer from it, and nothing may stay in the ledger.
     fn with_kills(mut self, count: usize) -> String {
         let mut kills = 0;
-        let ended = (0..count)
-            .try_for_each(|_| self.start_guest())
-            .and_then(|()| {
-                let before = (Instant::now(), self.told().bursts);
-                for _ in 0..KILLS {
-                    let wait = Duration::from_millis(u64::from(random()) % 5000);
-                    let trouble = within(wait, || {
-                        thread::sleep(Duration::from_millis(200));
-                        self.trouble()
-                    });
-                    if let Some(trouble) = trouble {
-                        return Err(trouble);
-                    }
-                    let victim = self.guests.remove(random() as usize % self.guests.len());
-                    victim.ballast.signal(Signal::KILL);
-                    drop(victim);
-                    kills += 1;
-                    self.start_guest()?;
-                }
-                let minutes = before.0.elapsed().as_secs_f64() / 60.0;
-                let done = self.told().bursts.saturating_sub(before.1);
-                let living = self.living_records();
-                Ok((done as f64 / minutes, living))
-            });
-        let (pace, ended) = match ended {
-            Ok((pace, living)) => (pace, format!("nothing; the ledger has {living} VMs")),
-            Err(trouble) => (0.0, trouble),
+        let before = (Instant::now(), Told::default());
+        let ended = self.start_guests(count).and_then(|()| {
+            while kills < KILLS {
+                let wait = Duration::from_millis(u64::from(random()) % KILL_GAP_MS);
+                self.watch(wait)?;
+                let victim = self.guests.remove(random() as usize % self.guests.len());
+                victim.kill();
+                drop(victim);
+                kills += 1;
+                self.start_guests(1)?;
+            }
+            // What was done with the dead is no rule: a period without kills, for the pace.
+            let before = (Instant::now(), self.told());
+            self.watch(Duration::from_secs(self.options.period) + GRACE)?;
+            Ok((self.pace(before), self.living_records()))
+        });
+        let (well, pace, ended) = match ended {
+            Ok((pace, living)) => (count, pace, format!("nothing; the ledger has {living} VMs")),
+            Err(trouble) => (0, self.pace(before), trouble),
         };
+        self.tell(pace);
+        self.line(well, pace, &format!("{ended}, after {kills} kills"))
+    }
+
+    fn line(&self, well: usize, pace: Pace, ended: &str) -> String {
         format!(
-            "| {:?} | {:?}, {kills} killed at random | {count} | {pace:.1} | {ended} |",
-            self.bursts, self.policy
+            "| {} | {well} | {:.2} of {:.2} | {:.1} s | {ended} |",
+            self.case.name(),
+            pace.each_minute,
+            60.0 / self.options.period as f64,
+            pace.seconds
         )
+    }
+
+    /// Starts guests, some at a time, and sets them to work when all are up.
+    fn start_guests(&mut self, count: usize) -> Result<(), String> {
+        let old = self.guests.len();
+        while self.guests.len() < old + count {
+            let from = self.guests.len();
+            for _ in 0..AT_ONCE.min(old + count - from) {
+                self.start_guest()?;
+            }
+            let up = within(self.patience(), || {
+                thread::sleep(Duration::from_millis(100));
+                let all = self.guests[from..].iter().all(Guest::is_up);
+                let trouble = self.trouble();
+                (all || trouble.is_some()).then_some(trouble)
+            });
+            if let Some(trouble) = up.ok_or("a guest that does not come up")? {
+                return Err(trouble);
+            }
+        }
+        for guest in &mut self.guests[old..] {
+            guest.set_to_work(self.options.period);
+        }
+        Ok(())
+    }
+
+    fn start_guest(&mut self) -> Result<(), String> {
+        let (options, case) = (self.options, self.case);
+        let guest = Guest::start(options, case, self.ledger.path(), self.started)?;
+        if self.started == 0
+            && case.policy == Policy::Auto
+            && let Some(folder) = &options.traces
+        {
+            let file = folder.join(format!("{}.txt", case.name()));
+            self.recorder = Some(Recorder::start(guest.socket(), &file));
+        }
+        self.guests.push(guest);
+        self.started += 1;
+        Ok(())
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.options.period * STARVED_PERIODS)
+    }
+
+    /// Waits for so long, or until there is trouble.
+    fn watch(&self, time: Duration) -> Result<(), String> {
+        let trouble = within(time, || {
+            thread::sleep(Duration::from_millis(500));
+            self.trouble()
+        });
+        trouble.map_or(Ok(()), Err)
+    }
+
+    fn told(&self) -> Told {
+        let each = self.guests.iter().map(Guest::told);
+        each.fold(Told::default(), |sum, told| Told {
+            bursts: sum.bursts + told.bursts,
+            seconds: sum.seconds + told.seconds,
+            killed: sum.killed + told.killed,
+        })
+    }
+
+    fn pace(&self, (since, before): (Instant, Told)) -> Pace {
+        let now = self.told();
+        let bursts = now.bursts.saturating_sub(before.bursts) as f64;
+        let guests_minutes = since.elapsed().as_secs_f64() / 60.0 * self.guests.len().max(1) as f64;
+        Pace {
+            each_minute: bursts / guests_minutes,
+            seconds: now.seconds.saturating_sub(before.seconds) as f64 / bursts.max(1.0),
+        }
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let kills = host_kills() - self.kills_before;
+        let any = |what: &dyn Fn(&Guest) -> bool| self.guests.iter().any(what);
+        match () {
+            () if kills > 0 => Some(format!("the host's OOM killer ({kills} killed)")),
+            () if any(&Guest::is_dead) => Some("a process that died".to_owned()),
+            () if any(&|guest| guest.told().killed > 0) => {
+                Some("the OOM killer of a guest".to_owned())
+            }
+            () if any(&|guest| guest.is_starved(self.patience())) => {
+                Some("a guest that did not keep up".to_owned())
+            }
+            () => None,
+        }
     }
 
     /// VMs that the ledger tells of.
@@ -208,124 +324,45 @@ impl<'a> Host<'a> {
         overview["vms"].as_array().map_or(0, Vec::len)
     }
 
-    fn start_guest(&mut self) -> Result<(), String> {
-        let started = Instant::now();
-        let number = self.guests.len() as u64;
-        let mut launch = Launch::of("/bin/sh".as_ref());
-        let (socket, serial) = (launch.path("api.sock"), launch.path("serial"));
-        let mut command = format!(
-            "echo 0 >/proc/self/oom_score_adj; exec {} --api-socket {}",
-            self.options.ballast.display(),
-            socket.display()
-        );
-        if self.policy == Policy::Auto {
-            let ledger = self.ledger.path().display();
-            command.push_str(&format!(" --overcommit-ledger {ledger}"));
-        }
-        launch.command().arg("-c").arg(command);
-        let ballast = launch.start();
-        let mut api = Client::connect(&socket).map_err(|e| format!("no API: {e}"))?;
-        let mut config = json!({
-            "memory": { "size": MAX_SIZE },
-            "payload": {
-                "kernel": self.options.guest_file("vmlinux"),
-                "initramfs": self.options.guest_file("initramfs.cpio"),
-                "cmdline": "console=ttyS0 quiet noxsave mitigations=off",
-            },
-            "serial": { "mode": "Socket", "socket": serial },
-        });
-        if self.policy != Policy::Off {
-            config["balloon"] = json!({
-                "size": 0,
-                "deflate_on_oom": true,
-                "free_page_reporting": true,
-            });
-        }
-        if self.policy == Policy::Auto {
-            config["overcommit"] = json!({
-                "mode": "auto",
-                "guaranteed_size": GUARANTEED_SIZE,
-            });
-        }
-        for (operation, body) in [
-            ("vm.create", config.to_string()),
-            ("vm.boot", String::new()),
-        ] {
-            let body = Some(body.as_str()).filter(|body| !body.is_empty());
-            let answer = api.request("PUT", operation, body);
-            if answer.status >= 300 {
-                return Err(format!("{operation} answered {}", answer.status));
-            }
-        }
-        let agent = Agent::on_socket(&serial);
-        let up = within(STARVED, || agent.transcript().contains(READY).then_some(()));
-        up.ok_or("a guest that does not come up")?;
-        agent.type_in(&format!("RUN work {}\n", self.work(number)));
-        self.guests.push(Guest {
-            ballast,
-            agent,
-            started,
-        });
-        Ok(())
-    }
-
-    /// The guest's workload: a shell command that goes on in the background.
-    fn work(&self, number: u64) -> String {
-        let offset = match self.bursts {
-            Bursts::Staggered => number * 17 % PERIOD,
-            Bursts::Coincident => 0,
-        };
-        // By the wall clock, so that coincident ones are; a burst that is late skips a turn.
-        format!(
-            "(while :; do now=$(date +%s); \
-             sleep $(( ({PERIOD} + {offset} - now % {PERIOD}) % {PERIOD} + 1 )); \
-             dd if=/dev/zero of=/dev/null bs={BURST_MIB}M count=2 2>/dev/null; \
-             echo \"@burst $? $(awk '/^oom_kill /{{print $2}}' /proc/vmstat)@\"; done) &"
-        )
-    }
-
-    fn told(&self) -> Told {
-        let mut told = Told::default();
+    /// Tells on stderr how it goes.
+    fn tell(&self, pace: Pace) {
+        let mut actions = BTreeMap::new();
         for guest in &self.guests {
-            let text = guest.agent.transcript();
-            let bursts: Vec<&str> = text
-                .split("@burst ")
-                .skip(1)
-                .filter_map(|rest| rest.split_once('@').map(|(burst, _)| burst))
-                .collect();
-            told.bursts += bursts.iter().filter(|b| b.starts_with("0 ")).count();
-            told.killed += bursts.iter().filter(|b| **b != "0 0").count();
-            // Bursts are counted from the guest's start on: whoever has done none in
-            // the time of several is starved.
-            let expected = guest.started.elapsed().as_secs() / STARVED.as_secs();
-            told.starved += usize::from((bursts.len() as u64) < expected);
-            told.dead += usize::from(
-                !PathBuf::from(format!("/proc/{}/exe", guest.ballast.pid())).exists()
-                    || is_zombie(guest.ballast.pid()),
-            );
+            guest.actions(&mut actions);
         }
-        told
+        let balloons = self.guests.iter().filter_map(|guest| {
+            let mut api = Client::connect(&guest.socket()).ok()?;
+            let answer = api.try_request("GET", "vm.balloons", None, "").ok()?;
+            let balloons: Value = serde_json::from_slice(&answer.body).ok()?;
+            balloons[0]["actual"].as_u64()
+        });
+        eprintln!(
+            "bench: {}: {} guests, {:.2} bursts/min each, {:.1} s each, {} MiB available,              {} MiB in balloons, idle {:.0} s; {actions:?}",
+            self.case.name(),
+            self.guests.len(),
+            pace.each_minute,
+            pace.seconds,
+            meminfo("MemAvailable:") / MIB,
+            balloons.sum::<u64>() / MIB,
+            idle_seconds(),
+        );
     }
+}
 
-    fn trouble(&self) -> Option<String> {
-        let told = self.told();
-        let kills = host_kills() - self.kills_before;
-        match () {
-            () if kills > 0 => Some(format!("the host's OOM killer ({kills} killed)")),
-            () if told.dead > 0 => Some("a process that died".to_owned()),
-            () if told.killed > 0 => Some("the OOM killer of a guest".to_owned()),
-            () if told.starved > 0 => Some("a guest that did not keep up".to_owned()),
-            () => None,
-        }
-    }
+/// What guests get done.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    /// Bursts of one guest.
+    each_minute: f64,
+    /// How long one takes.
+    seconds: f64,
 }
 
 impl Drop for Host<'_> {
     fn drop(&mut self) {
+        self.recorder = None;
         for guest in &self.guests {
-            if !is_zombie(guest.ballast.pid()) {
-                guest.ballast.signal(Signal::KILL);
-            }
+            guest.kill();
         }
         self.guests.clear();
         // What they had comes back by and by.
@@ -333,12 +370,12 @@ impl Drop for Host<'_> {
     }
 }
 
-/// Whether the process has ended (it stays in /proc until it is waited for).
-fn is_zombie(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ")
-        .next()
-        .is_none_or(|rest| rest.starts_with(['Z', 'X']))
+/// Seconds in which the host's CPUs had nothing to do: where they hardly grow, it is not memory
+/// that is short.
+fn idle_seconds() -> f64 {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let idle = text.split_whitespace().nth(1);
+    idle.and_then(|word| word.parse().ok()).unwrap_or(0.0)
 }
 
 /// Processes that the host's OOM killer has killed since its start.
@@ -356,12 +393,10 @@ fn random() -> u32 {
     u32::from_ne_bytes(bytes)
 }
 
-/// Bytes of the host's memory that are available.
-fn available() -> u64 {
+/// A line of the host's /proc/meminfo, in bytes.
+fn meminfo(name: &str) -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
     let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0) << 10
 }

@@ -1,5 +1,6 @@
 //! Takes the figures that `scripts/bench` shows, and prints them as a Markdown table:
-//! `figures host|guest|inflate|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`.
+//! `figures host|guest|inflate|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`,
+//! and for density `[--case NAME] [--first N] [--period SECONDS] [--interval MS] [--traces DIR]`.
 //!
 //! Each is the median of ten runs, with the least and the most in parentheses. MB are 10⁶ bytes.
 
@@ -24,6 +25,16 @@ struct Options {
     guest_dir: PathBuf,
     qemu: Option<PathBuf>,
     runs: usize,
+    /// The one case to try; all of them otherwise.
+    case: Option<String>,
+    /// How many guests are started before anything is looked at.
+    first: usize,
+    /// Seconds from one burst of a guest to its next.
+    period: u64,
+    /// Milliseconds between two looks of a governor.
+    interval_ms: u32,
+    /// Where traces of the governor are to be left.
+    traces: Option<PathBuf>,
 }
 
 impl Options {
@@ -40,6 +51,11 @@ fn main() {
         guest_dir: PathBuf::new(),
         qemu: None,
         runs: 10,
+        case: None,
+        first: 16,
+        period: 120,
+        interval_ms: 1000,
+        traces: None,
     };
     while let Some(name) = arguments.next() {
         let value = arguments.next().expect("an option needs a value");
@@ -48,6 +64,11 @@ fn main() {
             "--guest-dir" => options.guest_dir = value.into(),
             "--qemu" => options.qemu = Some(value.into()),
             "--runs" => options.runs = value.parse().expect("a number of runs"),
+            "--case" => options.case = Some(value),
+            "--first" => options.first = value.parse().expect("a number of guests"),
+            "--period" => options.period = value.parse().expect("seconds"),
+            "--interval" => options.interval_ms = value.parse().expect("milliseconds"),
+            "--traces" => options.traces = Some(value.into()),
             _ => panic!("unknown option {name}"),
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use vmm::overcommit::ledger::Directory;
+use vmm::overcommit::ledger::{Directory, Patience};
 
 use super::ledger::{SLEEPER, launch, ledger, snapshot};
 use crate::support::http::Client;
@@ -11,6 +11,10 @@ use crate::support::http::Client;
 /// How many are killed.
 const KILLS: u64 = 150;
 /// How many live at a time, and how many of them fit.
+const PATIENCE: Patience = Patience {
+    time: Duration::from_secs(60),
+    pause: Duration::from_millis(2),
+};
 const AT_A_TIME: u64 = 5;
 const FIT: u64 = 2;
 
@@ -75,7 +79,7 @@ fn whoever_is_killed_at_whatever_moment_never_more_is_admitted_than_fits_and_not
         scope.spawn(|| {
             let directory = Directory::open(dir.path()).unwrap();
             while !done.load(Ordering::Relaxed) {
-                let locked = directory.lock(Duration::from_secs(60)).unwrap();
+                let locked = directory.lock(PATIENCE).unwrap();
                 let seen = directory.snapshot().unwrap();
                 drop(locked);
                 let fixed = seen.records.iter().map(|(_, r)| r.reservation.fixed());

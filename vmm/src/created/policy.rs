@@ -92,6 +92,7 @@ impl Created {
             id,
             balloon: vm.devices.balloon(id).ok()?,
             limits: limits(&self.config, others_actual),
+            vcpu_threads: vm.vcpus.thread_ids(),
         })
     }
 
@@ -102,7 +103,8 @@ impl Created {
             return None;
         }
         let driven = self.driven()?;
-        Some((driven, driven.limits.interval_ms))
+        let interval_ms = driven.limits.interval_ms;
+        Some((driven, interval_ms))
     }
 
     /// Does what the governor says.

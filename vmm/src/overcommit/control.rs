@@ -11,9 +11,9 @@ use devices::balloon::{Balloon, Sample};
 use super::Coordinator;
 use super::governor::{self, Level, Reason, State};
 use super::psi::Sources;
-use super::reading::{BalloonReading, GuestReading, Limits, Neighbours, Own, Reading};
+use super::reading::{BalloonReading, CpuTime, GuestReading, Limits, Neighbours, Own, Reading};
 use super::triggers::{Pressed, Refused, Triggers, Watcher};
-use super::view::Governor;
+use super::view::{Governor, vcpu_time};
 
 /// The name of the governor's counters among those of the devices.
 pub const COUNTERS_ID: &str = "__overcommit";
@@ -58,7 +58,7 @@ struct Counters {
 }
 
 /// The balloon to drive, with what the configuration says of the VM.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Driven<'a> {
     /// Its id.
     pub id: &'a str,
@@ -66,6 +66,8 @@ pub struct Driven<'a> {
     pub balloon: &'a Balloon,
     /// The limits.
     pub limits: Limits,
+    /// The threads of the vCPUs.
+    pub vcpu_threads: Vec<u32>,
 }
 
 /// What is to be done, and told.
@@ -184,17 +186,33 @@ impl Control {
             guest: None,
             host: self.sources.read(now_ms),
             neighbours: Neighbours::default(),
+            vcpus: CpuTime::default(),
         };
         std::mem::take(&mut self.pressed).raise(&mut reading.host);
         (reading.balloon, reading.guest) = view(&driven, now_ms);
+        if reading.balloon.actual < reading.balloon.target {
+            reading.vcpus = vcpu_time(&driven.vcpu_threads);
+        }
         let state = self.state;
         let mut decided = None;
-        self.coordinator.exchange(&mut |neighbours| {
-            reading.neighbours = *neighbours;
+        // On a host with many VMs the lock is short: most looks come to nothing, and those are
+        // made without it.
+        if let Some(neighbours) = self.coordinator.recent() {
+            reading.neighbours = neighbours;
             let (decision, next) = governor::decide(&reading, &state);
-            decided = Some((decision, next));
-            decision.own
-        });
+            if decision.target == reading.balloon.target && decision.trouble.is_none() {
+                self.coordinator.tell(decision.own);
+                decided = Some((decision, next));
+            }
+        }
+        if decided.is_none() {
+            self.coordinator.exchange(&mut |neighbours| {
+                reading.neighbours = *neighbours;
+                let (decision, next) = governor::decide(&reading, &state);
+                decided = Some((decision, next));
+                decision.own
+            });
+        }
         self.told = decided.as_ref().map(|(decision, _)| decision.own);
         // Not before: whoever keeps the others' lock may have kept us longer than the interval.
         self.looked = Some(Instant::now());

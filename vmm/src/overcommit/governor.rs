@@ -11,8 +11,8 @@
 //! 2. **Distress** of the guest (an OOM kill, allocations that stall, direct reclaim, thrashing, a
 //!    balloon it empties by itself): straight to `base`, and nothing is taken for 10 minutes; for
 //!    20, 40, 60 if it happens again. By steps it would come too late.
-//! 3. **A stall**: the guest gives less than 4 MiB/s for five seconds; it gets 128 MiB back, and
-//!    the same rest.
+//! 3. **A stall**: the guest gives less than 4 MiB/s for five seconds, or than that part of it
+//!    which its vCPUs had of the time they wanted; it gets 128 MiB back, and the same rest.
 //! 4. **No fresh statistics**: nothing is taken; after half a minute all is given back.
 //! 5. **The guest's need**: available memory has fallen below three quarters of the buffer; the
 //!    buffer is filled, unless the host's memory is nearly gone.
@@ -30,7 +30,7 @@
 //! which distress may use three quarters) stays. Give-backs that come together thus cannot exhaust
 //! the host; what the reserve does not allow now is given as soon as it does.
 
-use super::reading::{GuestReading, HostReading, Limits, Own, Pressure, Reading, claim};
+use super::reading::{CpuTime, GuestReading, HostReading, Limits, Own, Pressure, Reading, claim};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -182,6 +182,7 @@ struct Inflating {
     target: u64,
     since_ms: u64,
     from: u64,
+    vcpus: CpuTime,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,6 +314,7 @@ fn observe(reading: &Reading, state: &State) -> State {
         target: balloon.target,
         since_ms: now_ms,
         from: balloon.actual,
+        vcpus: reading.vcpus,
     }));
     next
 }
@@ -474,9 +476,23 @@ impl Look<'_> {
         self.next.inflating = Some(Inflating {
             since_ms: self.reading.now_ms,
             from: balloon.actual,
+            vcpus: self.reading.vcpus,
             ..inflating
         });
-        moved < part(STALL_RATE, elapsed, 1000)
+        moved < self.expected(&inflating, elapsed)
+    }
+
+    /// What the guest is to give in the window. One that has to wait for CPUs is as slow as it has
+    /// to be: to rest because of that would leave a host that is short of both to its OOM killer.
+    fn expected(&self, window: &Inflating, elapsed_ms: u64) -> u64 {
+        let (now, then) = (&self.reading.vcpus, &window.vcpus);
+        let ran = now.run_ns.saturating_sub(then.run_ns);
+        let wanted = ran.saturating_add(now.delay_ns.saturating_sub(then.delay_ns));
+        let expected = part(STALL_RATE, elapsed_ms, 1000);
+        if wanted == 0 {
+            return expected;
+        }
+        part(expected, ran, wanted).max(PAGE)
     }
 
     fn silence(&self, base: u64) -> (u64, Reason) {

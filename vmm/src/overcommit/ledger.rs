@@ -25,7 +25,7 @@ use serde::Serialize;
 use thiserror::Error;
 use utoipa::ToSchema;
 
-pub use self::directory::{Directory, Snapshot, Unreadable};
+pub use self::directory::{Directory, Patience, Snapshot, Unreadable};
 pub use self::host::boot_clock_ms;
 pub use self::limits::{Limits, default_reserve};
 pub use self::record::{Measures, RECORD_BYTES, Record, RecordError, Reservation};
@@ -59,12 +59,24 @@ pub const SYSCALLS: &[Allow] = &[
 ];
 
 /// How long to wait for somebody who keeps the directory's lock: he was stopped, or the disk
-/// stands still.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// stands still. Who asks often comes before the governors that ask seldom, and whose looks can
+/// wait.
+const PATIENCE: Patience = Patience {
+    time: Duration::from_secs(2),
+    pause: Duration::from_millis(2),
+};
 /// The same where nobody waits for an answer, on a thread that has other things to do …
-const SHORT_PATIENCE: Duration = Duration::from_secs(1);
+const SHORT_PATIENCE: Patience = Patience {
+    time: Duration::from_secs(1),
+    pause: Duration::from_millis(20),
+};
 /// … and where that was in vain the last time.
-const NO_PATIENCE: Duration = Duration::from_millis(10);
+const NO_PATIENCE: Patience = Patience {
+    time: Duration::from_millis(10),
+    pause: Duration::from_millis(2),
+};
+/// For so long, what the others told is good enough to find that there is nothing to do.
+const RECENT_MS: u64 = 5000;
 /// Longest interval between two writes of a VM that is booted.
 pub const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
 /// What a VM has told of its plans counts for so long.
@@ -99,6 +111,8 @@ pub struct Ledger {
     file: File,
     record: Record,
     neighbours: Neighbours,
+    /// When they told it.
+    heard_ms: Option<u64>,
     degraded: Option<String>,
     /// Why the directory's lock could not be had the last time. To write in place needs none, so
     /// that this does not pass because a write succeeds.
@@ -152,6 +166,7 @@ impl Ledger {
             file,
             record,
             neighbours: Neighbours::default(),
+            heard_ms: None,
             degraded: None,
             stuck: None,
             news: false,
@@ -326,7 +341,7 @@ impl Ledger {
         }));
     }
 
-    fn patience(&self) -> Duration {
+    fn patience(&self) -> Patience {
         if self.degraded.is_some() || self.stuck.is_some() {
             NO_PATIENCE
         } else {
@@ -390,6 +405,14 @@ impl Coordinator for SharedLedger {
     fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
         self.lock().exchange(decide);
     }
+
+    fn recent(&self) -> Option<Neighbours> {
+        self.lock().recent()
+    }
+
+    fn tell(&mut self, own: Own) {
+        self.lock().tell(own);
+    }
 }
 
 const GONE: &str = "our record was removed from it";
@@ -399,6 +422,17 @@ impl Coordinator for Ledger {
         let now = boot_clock_ms();
         let result = self.exchange_locked(now, decide);
         self.note(result.map_err(|error| error.to_string()));
+    }
+
+    fn recent(&self) -> Option<Neighbours> {
+        let age = boot_clock_ms().saturating_sub(self.heard_ms?);
+        // Whoever can't hear the others tries each time, until it works again.
+        (age < RECENT_MS && self.degraded.is_none()).then_some(self.neighbours)
+    }
+
+    fn tell(&mut self, own: Own) {
+        plan(&mut self.record, own, boot_clock_ms());
+        self.write();
     }
 }
 
@@ -418,21 +452,27 @@ impl Ledger {
             Ok(snapshot) => {
                 let others = snapshot.records.iter().filter(|r| r.0 != self.name);
                 self.neighbours = neighbours(others.map(|(_, record)| record), now_ms);
+                self.heard_ms = Some(now_ms);
                 None
             }
             // What they told last is still a better guess than that there are none.
             Err(error) => Some(error),
         };
         let own = decide(&self.neighbours);
-        let measures = &mut self.record.measures;
-        measures.claim = Some(own.claim);
-        measures.pending = Some(own.pending);
-        measures.told_at_ms = Some(now_ms);
-        self.record.written_at_ms = now_ms;
+        plan(&mut self.record, own, now_ms);
         // Before the lock goes, so that the next one sees it.
         put(&self.file, &self.record)?;
         failure.map_or(Ok(()), Err)
     }
+}
+
+/// Puts what the governor plans into the record.
+fn plan(record: &mut Record, own: Own, now_ms: u64) {
+    let measures = &mut record.measures;
+    measures.claim = Some(own.claim);
+    measures.pending = Some(own.pending);
+    measures.told_at_ms = Some(now_ms);
+    record.written_at_ms = now_ms;
 }
 
 impl Drop for Ledger {

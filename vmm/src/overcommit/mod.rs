@@ -30,6 +30,15 @@ pub trait Coordinator: Send {
     /// Calls `decide` with what the others tell, and tells them what it returns. Where they can't
     /// be asked (an error is logged once), `decide` is called as for one VM alone.
     fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own);
+
+    /// What the others told not long ago: enough to find that there is nothing to do, which needs
+    /// nobody to wait. `None` where they have to be asked again.
+    fn recent(&self) -> Option<Neighbours> {
+        None
+    }
+
+    /// Tells the others after a look that came to nothing; they may be deciding.
+    fn tell(&mut self, _own: Own) {}
 }
 
 /// A VM that knows of no other.

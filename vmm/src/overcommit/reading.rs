@@ -18,6 +18,17 @@ pub struct Reading {
     pub host: HostReading,
     /// The other VMs on the host.
     pub neighbours: Neighbours,
+    /// What the vCPUs had of the host's CPUs; looked at while the guest gives memory.
+    pub vcpus: CpuTime,
+}
+
+/// Time of the vCPUs' threads since they were made, all together; nothing where it is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuTime {
+    /// Nanoseconds they ran.
+    pub run_ns: u64,
+    /// Nanoseconds they were ready to run and waited for a CPU.
+    pub delay_ns: u64,
 }
 
 /// What the configuration says of the VM.

@@ -3,7 +3,7 @@
 //! Read on the VMM thread when somebody asks, so that `vmm.ping` waits for none of it; it opens
 //! files for reading only.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use devices::balloon::BalloonInfo;
@@ -15,6 +15,7 @@ use super::cost::{Cached, Cost, SharedRam};
 use super::files;
 use super::ksm::KsmGain;
 use super::pressure::{self, Pressure};
+use super::reading::CpuTime;
 use crate::config::{OvercommitMode, VmConfig};
 
 /// `vm.overcommit`. Ages are the milliseconds since something was read.
@@ -385,6 +386,18 @@ fn resources(read: impl Fn(&str) -> Result<Pressure, String>) -> Resources {
         io,
         unavailable,
     }
+}
+
+/// What the vCPUs had of the host's CPUs: all that can be read of it, together.
+pub fn vcpu_time(threads: &[u32]) -> CpuTime {
+    let times = threads.iter().filter_map(|thread| {
+        let path = format!("/proc/self/task/{thread}/schedstat");
+        parse_schedstat(&files::read(Path::new(&path)).ok()?)
+    });
+    times.fold(CpuTime::default(), |sum, (run, delay)| CpuTime {
+        run_ns: sum.run_ns.saturating_add(run),
+        delay_ns: sum.delay_ns.saturating_add(delay),
+    })
 }
 
 /// The time a thread ran and the time it waited for a CPU, in nanoseconds

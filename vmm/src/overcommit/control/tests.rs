@@ -158,6 +158,7 @@ impl Guest {
                 interval_ms: 1000,
                 host_free_percent: 20,
             },
+            vcpu_threads: Vec::new(),
         });
         if let Some(step) = &step {
             self.balloon.set_target(step.to);
@@ -332,6 +333,47 @@ fn the_time_that_others_take_is_not_taken_from_the_interval() {
     guest.look(&mut control);
     let returned = returned.lock().unwrap().unwrap();
     assert!(control.due(0) >= returned);
+}
+
+/// Others that have just told that there are none: how often they had to wait, and how often they
+/// were told something without that.
+#[derive(Default)]
+struct Heard {
+    waited: u32,
+    told: u32,
+}
+
+impl Coordinator for Arc<std::sync::Mutex<Heard>> {
+    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
+        self.lock().unwrap().waited += 1;
+        decide(&Neighbours::default());
+    }
+
+    fn recent(&self) -> Option<Neighbours> {
+        Some(Neighbours::default())
+    }
+
+    fn tell(&mut self, _: Own) {
+        self.lock().unwrap().told += 1;
+    }
+}
+
+#[test]
+fn a_look_that_comes_to_nothing_keeps_nobody_waiting_and_a_step_does() {
+    let host = Host::new();
+    host.say(512 * MIB, "0.00");
+    let mut control = host.control();
+    let heard = Arc::new(std::sync::Mutex::new(Heard::default()));
+    control.coordinator = Box::new(Arc::clone(&heard));
+    let mut guest = Guest::new(true);
+    for _ in 0..20 {
+        assert_eq!(guest.look(&mut control), None, "there is no pressure");
+    }
+    assert_eq!(heard.lock().unwrap().waited, 0);
+    assert_eq!(heard.lock().unwrap().told, 20);
+    host.say(100 * MIB, "0.00");
+    assert!(eventually(|| guest.look(&mut control).is_some()));
+    assert_eq!(heard.lock().unwrap().waited, 1);
 }
 
 #[test]

@@ -47,6 +47,7 @@ fn reading(now_ms: u64, given: u64, percent: u64) -> Reading {
             cgroup_pressure: None,
         },
         neighbours: Neighbours::default(),
+        vcpus: CpuTime::default(),
     }
 }
 
@@ -372,6 +373,29 @@ fn an_inflation_that_comes_to_nothing_is_given_up() {
         reading.balloon.actual = (200 + 5 * second) * MIB;
     });
     assert!(decisions.iter().all(|decision| decision.trouble.is_none()));
+}
+
+#[test]
+fn a_guest_that_waits_for_cpus_has_not_stalled_unless_it_gives_nothing_for_them() {
+    // As in the lab, where 24 guests that were busy shared one CPU: 1.2 MiB a second.
+    let follow_given = |ran_percent: u64, kib_each_second: u64| {
+        follow(30, 0, 15, |second, r| {
+            r.balloon.target = 200 * MIB;
+            r.balloon.actual = second * kib_each_second * 1024;
+            r.vcpus.run_ns = second * ran_percent * 10_000_000;
+            r.vcpus.delay_ns = second * (100 - ran_percent) * 10_000_000;
+        })
+    };
+    let troubles = |decisions: Vec<Decision>| {
+        let troubles = decisions.iter().filter_map(|d| d.trouble);
+        troubles.collect::<Vec<_>>()
+    };
+    assert_eq!(troubles(follow_given(5, 1200)), []);
+    assert_eq!(troubles(follow_given(25, 1200)), []);
+    for (ran, given) in [(100, 1200), (50, 1200), (5, 100), (5, 0), (0, 0)] {
+        let found = troubles(follow_given(ran, given));
+        assert_eq!(found.first(), Some(&Reason::Stalled), "{ran} {given}");
+    }
 }
 
 #[test]

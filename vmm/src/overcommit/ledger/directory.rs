@@ -60,6 +60,16 @@ pub struct Snapshot {
 /// The directory, opened once: it may be renamed, or hidden by a mount, later.
 pub struct Directory(OwnedFd);
 
+/// How the directory's lock is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// How long, by the pauses alone: where the CPUs are overloaded, whoever has the lock needs
+    /// longer, too.
+    pub time: Duration,
+    /// The time from one try to the next.
+    pub pause: Duration,
+}
+
 /// The directory's lock; released when dropped, or when the process ends.
 pub struct Locked<'a>(&'a OwnedFd);
 
@@ -98,11 +108,11 @@ impl Directory {
         Ok(file)
     }
 
-    /// Takes the lock; an error of kind `TimedOut` where somebody else keeps it for `patience`
-    /// (he was stopped, perhaps: who dies gives it back).
-    pub fn lock(&self, patience: Duration) -> io::Result<Locked<'_>> {
-        const PAUSE: Duration = Duration::from_millis(2);
-        let mut attempts = patience.as_millis() / PAUSE.as_millis();
+    /// Takes the lock; an error of kind `TimedOut` where somebody else keeps it for longer than
+    /// the `patience` (he was stopped, perhaps: who dies gives it back).
+    pub fn lock(&self, patience: Patience) -> io::Result<Locked<'_>> {
+        let Patience { time, pause } = patience;
+        let mut attempts = time.as_millis() / pause.as_millis().max(1);
         loop {
             match flock(&self.0, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Locked(&self.0)),
@@ -112,7 +122,7 @@ impl Directory {
             attempts = attempts
                 .checked_sub(1)
                 .ok_or_else(|| io::Error::from(io::ErrorKind::TimedOut))?;
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(pause);
         }
     }
 

@@ -326,6 +326,33 @@ fn who_keeps_the_lock_for_ever_is_not_waited_for() {
 }
 
 #[test]
+fn what_was_heard_lately_is_enough_to_tell_what_is_planned_without_the_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut a, mut b) = (open(&dir), open(&dir));
+    a.ledger.reserve(asked(MIB), 1).unwrap();
+    assert_eq!(a.ledger.recent(), None, "nobody was asked yet");
+    a.ledger.exchange(&mut |_| Own::default());
+    assert_eq!(a.ledger.recent(), Some(Neighbours::default()));
+    let keeper = rustix::fs::open(dir.path(), OFlags::RDONLY, Mode::empty()).unwrap();
+    flock(&keeper, FlockOperation::LockExclusive).unwrap();
+    a.ledger.tell(Own {
+        claim: 7,
+        pending: 5,
+    });
+    assert_eq!(a.ledger.status().degraded, None);
+    drop(keeper);
+    let mut heard = Neighbours::default();
+    b.ledger.exchange(&mut |neighbours| {
+        heard = *neighbours;
+        Own::default()
+    });
+    assert_eq!((heard.vms, heard.claims, heard.pending), (1, 7, 5));
+    // What was heard once is not good for ever.
+    a.ledger.heard_ms = Some(boot_clock_ms() - RECENT_MS);
+    assert_eq!(a.ledger.recent(), None);
+}
+
+#[test]
 fn that_the_lock_is_free_again_is_noticed_by_who_only_writes() {
     let dir = tempfile::tempdir().unwrap();
     let mut a = open(&dir);
@@ -489,6 +516,7 @@ fn reading(now_ms: u64, oom_kills: u64, neighbours: Neighbours) -> Reading {
             ..HostReading::default()
         },
         neighbours,
+        vcpus: crate::overcommit::reading::CpuTime::default(),
     }
 }
 

@@ -53,6 +53,7 @@ impl Vm {
             }),
             host,
             neighbours: Neighbours::default(),
+            vcpus: CpuTime::default(),
         }
     }
 

@@ -123,6 +123,7 @@ fn replay(limits: Limits, mut target: u64, seen: &[Seen]) -> Vec<(Reading, State
             }),
             host: *host,
             neighbours: *neighbours,
+            vcpus: CpuTime::default(),
         };
         let (decision, next) = decide(&reading, &state);
         all.push((reading, state, decision));
