@@ -57,13 +57,18 @@ impl PageSet {
         }
     }
 
-    /// Moves the pages of the first `most` blocks to `ranges`, which ascend and do not touch.
-    pub fn take(&mut self, most: usize, ranges: &mut Vec<Range<u64>>) {
+    /// Moves the pages of the first `most` blocks to `ranges`, which ascend and do not touch; of more
+    /// blocks where pages of the host, of `host_page` bytes, would be torn.
+    pub fn take(&mut self, most: usize, host_page: u64, ranges: &mut Vec<Range<u64>>) {
         ranges.clear();
-        for _ in 0..most {
-            let Some((index, block)) = self.blocks.pop_first() else {
+        let (mut taken, mut last) = (0, None);
+        while let Some(entry) = self.blocks.first_entry() {
+            let within = Some(entry.key() * BLOCK / host_page);
+            if taken >= most && within != last {
                 return;
-            };
+            }
+            (taken, last) = (taken + 1, within);
+            let (index, block) = entry.remove_entry();
             let pages = block.iter().map(|word| u64::from(word.count_ones()));
             self.count -= pages.sum::<u64>();
             runs(index * BLOCK, &block, ranges);
@@ -106,12 +111,25 @@ mod tests {
         let mut set = PageSet::default();
         set.insert(&[0..PAGE, BLOCK - PAGE..BLOCK + PAGE, 9 * BLOCK..10 * BLOCK]);
         let mut ranges = vec![0..1, 7..8];
-        set.take(2, &mut ranges);
+        set.take(2, PAGE, &mut ranges);
         assert_eq!(ranges, [0..PAGE, BLOCK - PAGE..BLOCK + PAGE]);
         assert_eq!((set.bytes(), set.is_empty()), (BLOCK, false));
-        set.take(2, &mut ranges);
+        set.take(2, PAGE, &mut ranges);
         assert_eq!(ranges.len(), 1);
         assert_eq!((set.bytes(), set.is_empty()), (0, true));
+    }
+
+    #[test]
+    fn a_page_of_the_host_is_taken_whole_however_large_it_is() {
+        let gib = 1 << 30;
+        let mut set = PageSet::default();
+        set.insert(&[PAGE..2 * PAGE, gib..3 * gib]);
+        let mut ranges = Vec::new();
+        set.take(32, gib, &mut ranges);
+        assert_eq!(ranges, [PAGE..2 * PAGE, gib..2 * gib]);
+        set.take(32, gib, &mut ranges);
+        assert_eq!(ranges.len(), 1);
+        assert!(set.is_empty());
     }
 
     proptest! {
@@ -135,7 +153,7 @@ mod tests {
                     }
                     _ => {
                         let mut ranges = Vec::new();
-                        set.take(1, &mut ranges);
+                        set.take(1, PAGE, &mut ranges);
                         prop_assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
                         for page in ranges.iter().flat_map(|r| r.start / PAGE..r.end / PAGE) {
                             prop_assert!(model.remove(&page));

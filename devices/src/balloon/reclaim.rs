@@ -24,7 +24,8 @@ use super::shared::Shared;
 use crate::guest_memory::GuestRam;
 use crate::guest_memory::discard::{Batching, Discarded, Discarder, PAGE};
 
-/// Blocks of 2 MiB of what was held off that are tried again at once.
+/// Blocks of 2 MiB of what was held off that are tried again at once; more where the host's pages
+/// are larger.
 const RETRY_BLOCKS: usize = 32;
 
 /// What is remembered of the pages in the balloon.
@@ -134,7 +135,8 @@ impl Reclaim {
             return false;
         }
         let mut ranges = std::mem::take(&mut self.ranges);
-        self.held_off.take(RETRY_BLOCKS, &mut ranges);
+        self.held_off
+            .take(RETRY_BLOCKS, self.discarder.page(), &mut ranges);
         let mut outcome = self.discarder.discard(&ranges);
         let held_off = outcome.inhibited.take().is_some();
         if held_off {

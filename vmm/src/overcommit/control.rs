@@ -141,8 +141,10 @@ impl Control {
     /// A trigger has gone off.
     pub fn press(&mut self) {
         if let Some(watcher) = &self.watcher {
-            self.pressed = watcher.take();
-            self.counters.pressure_triggers += u64::from(self.pressed.any());
+            let more = watcher.take();
+            self.counters.pressure_triggers += u64::from(more.any());
+            // The next look may not be due yet.
+            self.pressed = self.pressed.and(more);
         }
     }
 

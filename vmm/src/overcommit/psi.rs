@@ -60,6 +60,10 @@ struct Stalls {
     last: Option<(u64, Totals)>,
 }
 
+/// The least time between two looks that are compared. A trigger may go off just after a look, and
+/// one stall of a millisecond is no part of five that means anything.
+const LEAST_WINDOW_MS: u64 = 50;
+
 /// Microseconds of stalls since the host booted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Totals {
@@ -105,8 +109,13 @@ impl Sources {
 impl Stalls {
     fn read(&mut self, now_ms: u64) -> Option<Pressure> {
         let (average, totals) = parse_pressure(&text(&self.file)?)?;
-        let last = self.last.replace((now_ms, totals));
-        let Some((then_ms, before)) = last.filter(|(then_ms, _)| *then_ms < now_ms) else {
+        if self.last.is_none() {
+            self.last = Some((now_ms, totals));
+        }
+        let last = (self.last.as_mut())
+            .filter(|(then_ms, _)| now_ms.saturating_sub(*then_ms) >= LEAST_WINDOW_MS);
+        let Some((then_ms, before)) = last.map(|last| std::mem::replace(last, (now_ms, totals)))
+        else {
             return Some(average);
         };
         // Hundredths of a percent: microseconds of stall in microseconds of time, times 10,000.
@@ -199,6 +208,9 @@ mod tests {
         assert_eq!(some(2000), 3000, "300 ms of a second");
         assert_eq!(some(3000), 50, "and none since");
         assert_eq!(some(3000), 50, "the same moment twice");
+        say("0.50", 1000 + 305_000);
+        assert_eq!(some(3005), 50, "5 ms of 5 are too short to tell");
+        assert_eq!(some(3100), 500, "and are not forgotten");
         assert_eq!(sources.read(4000).total, 0, "what is missing is not known");
     }
 

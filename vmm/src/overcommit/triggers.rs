@@ -79,6 +79,11 @@ impl Pressed {
         Self(scope.bit())
     }
 
+    /// Of both.
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
     /// Adds what the kernel has told to a reading: averages over longer may not show it yet.
     pub fn raise(self, host: &mut HostReading) {
         for (scope, pressure) in [
@@ -248,6 +253,17 @@ impl Watcher {
             Ok(Ok(())) => Ok(watcher),
             Ok(Err(error)) => Err(io::Error::other(error)),
             Err(_) => Err(io::Error::other("it ended before its filter was in place")),
+        }
+    }
+
+    /// One that nothing wakes any more, with something to tell.
+    #[cfg(test)]
+    pub fn having(pressed: Pressed) -> Self {
+        Self {
+            scopes: Vec::new(),
+            pressed: Arc::new(AtomicU8::new(pressed.0)),
+            stop: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            thread: None,
         }
     }
 

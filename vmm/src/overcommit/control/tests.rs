@@ -267,6 +267,13 @@ fn pressure_between_two_looks_is_acted_on_at_once_but_no_step_comes_sooner_than_
     control.pressed = Pressed::of(Scope::Host);
     assert!(control.due(HOUR_MS) > Instant::now() + Duration::from_secs(3000));
     assert!(control.due(1) <= Instant::now());
+    // What another trigger tells meanwhile comes to it.
+    control.watcher = Some(Watcher::having(Pressed::of(Scope::Cgroup)));
+    control.press();
+    let both = Pressed::of(Scope::Host).and(Pressed::of(Scope::Cgroup));
+    assert_eq!(control.pressed, both);
+    control.press();
+    assert_eq!(control.pressed, both, "nothing new");
     // While nothing is driven it means nothing.
     control.rest();
     control.restart();
