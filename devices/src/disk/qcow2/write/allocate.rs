@@ -449,6 +449,9 @@ impl Engine {
             for number in 0..(entries * 8).div_ceil(cluster) {
                 let offset = first + number * cluster;
                 tables.reserved.remove(&offset);
+                if let Some(marks) = &mut tables.marks {
+                    marks.set(offset >> bits, 1);
+                }
                 tables.unlinked.push(offset);
             }
         }

@@ -11,6 +11,8 @@
 //! to then and is not any more was unlinked meanwhile, and what is referred to only now was
 //! allocated meanwhile, and both get it from whoever does that, from before the first request on.
 //! So whatever has none at the end is referred to by nothing, neither on the disk nor in memory.
+//! What the process that was killed wrote may not have reached the disk; it does before anything is
+//! freed, or a power cut would bring back entries that refer to what others have got.
 //! Where an entry makes no sense nothing is freed: it may be what the entry meant.
 //!
 //! Only clusters that nothing refers to are found, and not refcounts that are merely too high.
@@ -93,7 +95,10 @@ impl Engine {
             return;
         }
         let result = match self.mark_all().await {
-            Ok(()) => self.free_unmarked().await,
+            Ok(()) => match self.sync().await {
+                Ok(()) => self.free_unmarked().await,
+                Err(error) => Err(End::Host(error)),
+            },
             Err(end) => Err(end),
         };
         locked(&self.tables).marks = None;

@@ -238,3 +238,79 @@ fn what_was_given_up_by_a_flush_that_failed_halfway_is_not_freed_twice() {
     }
     assert!(failed > 0);
 }
+
+#[test]
+fn a_table_that_moved_before_the_search_began_is_not_freed_twice() {
+    let Some(folder) = qemu::folder() else { return };
+    let options = "cluster_size=512,refcount_bits=64";
+    let path = qemu::create(folder.path(), "image.qcow2", options, 8 * MIB);
+    let table = |bytes: &[u8]| bytes[48..60].to_vec();
+    let before = table(&std::fs::read(&path).unwrap());
+    let queue = writable(&super::options(&path, false, true)).for_test(true);
+    let mut driver = Driver::new(queue, &vec![0; 8 << 20], 1);
+    for tag in 0..4 {
+        driver.push(
+            tag,
+            Operation::Write { durable: false },
+            2048 * u64::from(tag),
+            2048,
+        );
+    }
+    assert!(table(&std::fs::read(&path).unwrap()) != before);
+    search(&mut driver);
+    assert_eq!(driver.queue.control().returned(), 0);
+    driver.flush();
+    assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+    assert!(!driver.queue.is_lost());
+    drop(driver);
+    qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+}
+
+#[test]
+fn what_a_killed_process_unlinked_is_on_the_disk_before_it_is_freed() {
+    let Some(setup) = Setup::new("cluster_size=4k", false, false, 2 * MIB) else {
+        return;
+    };
+    qemu::io(&setup.path, &["write -P 0x5a 0 512k".to_owned()]);
+    let (mut killed, old) = setup.driver(1);
+    let unmap = Operation::WriteZeroes {
+        unmap: true,
+        durable: false,
+    };
+    killed.push(0, unmap, 0, 1024);
+    killed.finish();
+    // All is written, and nothing is on the disk.
+    old.lock().unwrap().no_sync = Some(Errno::IO);
+    killed.flush();
+    drop(killed);
+    std::fs::write(&setup.path, &old.lock().unwrap().bytes).unwrap();
+    let (mut driver, new) = setup.driver(2);
+    {
+        let (mut old, mut new) = (old.lock().unwrap(), new.lock().unwrap());
+        new.base = std::mem::take(&mut old.base);
+        new.log = std::mem::take(&mut old.log);
+        new.now = old.now;
+    }
+    search(&mut driver);
+    assert!(driver.queue.control().returned() >= 128);
+    for tag in 0..8 {
+        let write = Operation::Write { durable: false };
+        driver.push(tag, write, 2048 + 64 * u64::from(tag), 64);
+    }
+    driver.finish();
+    let end = new.lock().unwrap().now;
+    let mut random = Random(3);
+    let mut seen = [0; 2];
+    for _ in 0..200 {
+        let time = random.below(end + 1);
+        let bytes = new.lock().unwrap().after_cut(time, &mut random);
+        let image = check::Image::new(&bytes);
+        image.check();
+        for (number, sector) in image.content(&[])[..1024].iter().enumerate() {
+            let sector = sector.as_ref().unwrap();
+            let value = [0x5a, 0].iter().position(|byte| *sector == [*byte; 512]);
+            seen[value.unwrap_or_else(|| panic!("cut at {time}: sector {number}"))] += 1;
+        }
+    }
+    assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
+}
