@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::before;
 use crate::support::artifacts::empty_image;
-use crate::support::ballast::{Ballast, binary};
+use crate::support::ballast::{Ballast, Launch, binary};
 use crate::support::eventually;
 use crate::support::http::Client;
 
@@ -170,6 +170,47 @@ fn what_can_not_be_is_refused_by_field_and_leaves_nothing() {
         before.assert_unchanged(&mut ballast, &mut client, &body.to_string());
     }
     client.put_json("vm.snapshot-disk", &pair("a", &new));
+}
+
+#[test]
+fn a_disk_whose_path_is_relative_moves_on() {
+    let mut launch = Launch::new();
+    let folder = launch.path("");
+    launch.command().current_dir(&folder);
+    let mut ballast = launch.start();
+    let mut client = ballast.api();
+    empty_image(ballast.dir(), "a", 8 * MIB);
+    let mut config = ballast.sleeper();
+    config["disks"] = json!([{"id": "a", "path": "a"}]);
+    client.put_json("vm.create", &config);
+    client.put("vm.boot");
+    for name in ["a1", "a2"] {
+        client.put_json("vm.snapshot-disk", &move_on(&[("a", Path::new(name))]));
+    }
+    let chain = client.get("vm.disk-info?id=a")["backing_chain"].clone();
+    assert_eq!(chain[0]["path"], json!(ballast.path("a1")));
+    assert_eq!(chain[1]["path"], json!(ballast.path("a")));
+    ballast.assert_well();
+}
+
+/// The first overlay is staged by then, and must be closed by who may.
+#[test]
+fn a_refusal_after_an_overlay_was_opened_never_ends_the_process() {
+    let mut ballast = Ballast::start();
+    let mut client = ballast.api();
+    boot(&ballast, &mut client, &["a", "b"]);
+    let new = ballast.path("new");
+    // Another name of the same place, which is found out when both are to get their names.
+    std::os::unix::fs::symlink(ballast.dir(), ballast.path("link")).unwrap();
+    let body = json!({"disks": [
+        {"id": "a", "path": new},
+        {"id": "b", "path": ballast.path("link").join("new")},
+    ]});
+    for round in 0..200 {
+        let answer = client.try_put_json("vm.snapshot-disk", &body);
+        assert_eq!(answer.status, 400, "{round}: {}", answer.text());
+    }
+    ballast.assert_well();
 }
 
 /// Killed at whatever moment: what has a name is whole, and the images below are as they were.

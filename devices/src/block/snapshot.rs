@@ -42,7 +42,11 @@ const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What it takes beside opening and making images: the first of several names must go again where
 /// the second can't be had.
-pub const SYSCALLS: &[Allow] = &[allow!(unlinkat)];
+pub const SYSCALLS: &[Allow] = &[
+    // An image below is named absolutely.
+    allow!(getcwd),
+    allow!(unlinkat),
+];
 
 /// A disk, and the overlay it is to move on to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -101,9 +105,10 @@ pub fn snapshot(disks: &[(&Block, &Path)], go_on: bool) -> Result<(), SnapshotEr
     let mut moves = each(disks, |(block, path)| Move::begin(block, path))?;
 
     // From here on the queues stand still, until this is dropped.
-    let frozen = Frozen {
+    let mut frozen = Frozen {
         workers: disks.iter().flat_map(|(b, _)| &b.workers).collect(),
         go_on,
+        listening: false,
     };
     frozen.freeze()?;
     each(&mut moves, Move::open)?;
@@ -134,10 +139,12 @@ fn each<T, R>(
 struct Frozen<'a> {
     workers: Vec<&'a Worker>,
     go_on: bool,
+    /// All of them stand still, and hear only orders.
+    listening: bool,
 }
 
 impl Frozen<'_> {
-    fn freeze(&self) -> Result<(), SnapshotError> {
+    fn freeze(&mut self) -> Result<(), SnapshotError> {
         let order = |worker: &&Worker| {
             worker.order(Order::Pause(Box::new(|| ())));
             ask(worker, Exchange::Freeze)
@@ -156,18 +163,23 @@ impl Frozen<'_> {
                 Err(RecvTimeoutError::Disconnected) => return Err(failed(gone())),
             }
         }
+        self.listening = true;
         Ok(())
     }
 }
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        for worker in &self.workers {
-            // Has no effect on one that has got its new engine.
-            worker.order(Order::Exchange(Exchange::Abort));
-            if self.go_on {
-                worker.order(Order::Resume);
-            }
+        // Has no effect on one that has got its new engine.
+        let abort = |worker: &&Worker| ask(worker, Exchange::Abort);
+        let answers: Vec<_> = self.workers.iter().map(abort).collect();
+        if self.listening {
+            // What is staged must be closed before its image is: whoever is the last to let go
+            // unlocks the files, and a device's thread may not.
+            answers.iter().for_each(|answer| drop(answer.recv()));
+        }
+        if self.go_on {
+            self.workers.iter().for_each(|w| w.order(Order::Resume));
         }
     }
 }

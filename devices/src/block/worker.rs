@@ -96,6 +96,8 @@ pub struct QueueHandler {
     staged: Option<Box<dyn Queue>>,
     /// The engine failed with requests in flight; their tags must never be used again.
     broken: bool,
+    /// A flush of ours failed: the driver's next one is to.
+    flush_lost: bool,
     spare: Vec<Buffers>,
     completed: Vec<Completion>,
     malformed: u64,
@@ -127,6 +129,7 @@ impl QueueHandler {
             frozen: false,
             staged: None,
             broken: false,
+            flush_lost: false,
             spare: Vec::with_capacity(size),
             completed: Vec::with_capacity(size),
             malformed: 0,
@@ -245,6 +248,9 @@ impl Handler for QueueHandler {
     }
 
     fn resume(&mut self) -> Result<(), WorkerError> {
+        if self.broken {
+            return Err(WorkerError("the disk engine has failed before".into()));
+        }
         let now = Instant::now();
         if let Some(active) = &mut self.active {
             // Nobody could make space for it, or hear of it, meanwhile.

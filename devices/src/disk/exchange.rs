@@ -27,6 +27,6 @@ pub enum Exchange {
     Stage(Box<dyn Queue>, Reply),
     /// Close the old engine and go on with the new one; can't fail.
     Commit(Reply),
-    /// Go on with the old one.
-    Abort,
+    /// Go on with the old one; one that was staged is closed before that is told.
+    Abort(Reply),
 }

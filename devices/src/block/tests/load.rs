@@ -13,7 +13,8 @@ use super::super::hold::Hold;
 use super::super::shared::{Offer, Shared};
 use super::super::worker::{Common, MAX_IN_FLIGHT, QueueHandler};
 use super::*;
-use crate::disk::{Completion, Geometry, Queue, Request};
+use crate::disk::exchange::Exchange;
+use crate::disk::{Completion, Geometry, Operation, Queue, Request};
 use crate::sandbox::Allow;
 use crate::virtio::Activation;
 use crate::worker::{Handler, Source};
@@ -33,6 +34,8 @@ struct Engine {
     given: Arc<AtomicUsize>,
     /// There is no space for anything.
     full: Arc<AtomicBool>,
+    /// The host tells of data it has lost, to whoever flushes next.
+    lost: Arc<AtomicBool>,
 }
 
 impl Queue for Engine {
@@ -42,6 +45,12 @@ impl Queue for Engine {
             tag: request.tag,
             result: match self.full.load(Ordering::SeqCst) {
                 true => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
+                false
+                    if request.operation == Operation::Flush
+                        && self.lost.swap(false, Ordering::SeqCst) =>
+                {
+                    Err(std::io::Error::from_raw_os_error(libc::EIO))
+                }
                 false => Ok(()),
             },
             buffers: request.buffers,
@@ -84,6 +93,7 @@ fn engine(descriptor: Option<RawFd>) -> Engine {
         pushed: Arc::default(),
         given: Arc::default(),
         full: Arc::default(),
+        lost: Arc::default(),
     }
 }
 
@@ -246,4 +256,35 @@ fn going_on_with_what_is_tried_again_does_not_try_all_of_it_anew() {
     assert!(is_due(&handler, true));
     handler.ready(TRY_AGAIN).unwrap();
     assert_eq!(pushed.load(Ordering::SeqCst), MAX_IN_FLIGHT);
+}
+
+#[test]
+fn the_driver_hears_of_data_that_was_lost_although_another_flush_came_before_its_own() {
+    for (full, expected) in [(false, [IOERR, OK]), (true, [OK, OK])] {
+        let engine = engine(None);
+        engine.lost.store(!full, Ordering::SeqCst);
+        engine.full.store(full, Ordering::SeqCst);
+        let is_full = engine.full.clone();
+        let mut handler = handler_over(engine);
+        let mut driver = Driver::new(memory(), 0, 128, true);
+        handler.activate(activation(&driver)).unwrap();
+        let epoll = Epoll::new().unwrap();
+        let (reply, answer) = std::sync::mpsc::channel();
+        handler.exchange(Exchange::Freeze(reply), &epoll);
+        assert!(answer.recv().unwrap().is_err());
+        let (reply, answer) = std::sync::mpsc::channel();
+        handler.exchange(Exchange::Abort(reply), &epoll);
+        answer.recv().unwrap().unwrap();
+        is_full.store(false, Ordering::SeqCst);
+        handler.resume().unwrap();
+        for status in expected {
+            driver.poke(BUFFERS, &4_u32.to_le_bytes());
+            driver.poke(BUFFERS + 4, &[0; 12]);
+            let head = driver.chain(&[(BUFFERS, 16, false), (BUFFERS + 0x80, 1, true)]);
+            driver.offer(head);
+            handler.ready(Source::Queue(0)).unwrap();
+            assert!(driver.try_used().is_some());
+            assert_eq!(driver.peek(BUFFERS + 0x80, 1), [status]);
+        }
+    }
 }

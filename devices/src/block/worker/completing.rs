@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::QueueHandler;
@@ -69,6 +70,15 @@ impl QueueHandler {
                 result
             }
         };
+        let result = match result {
+            Ok(()) if pending.operation == Operation::Flush && self.flush_lost => {
+                Err(Errno::IO.into())
+            }
+            result => result,
+        };
+        if pending.operation == Operation::Flush && result.is_err() {
+            self.flush_lost = false;
+        }
         // Only a hint, which there is no sense in waiting with.
         let result = match result {
             Err(error) if pending.operation == Operation::Discard && is_no_space(&error) => Ok(()),

@@ -8,6 +8,7 @@ use std::os::fd::RawFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::QueueHandler;
+use crate::block::hold::is_no_space;
 use crate::disk::exchange::Exchange;
 use crate::disk::{Operation, Queue, Request};
 
@@ -28,7 +29,10 @@ impl QueueHandler {
                 self.commit(epoll);
                 let _ = reply.send(Ok(()));
             }
-            Exchange::Abort => self.abort(epoll),
+            Exchange::Abort(reply) => {
+                self.abort(epoll);
+                let _ = reply.send(Ok(()));
+            }
         }
     }
 
@@ -63,12 +67,15 @@ impl QueueHandler {
             self.broken = true;
             return Err(error);
         }
+        let mut all: io::Result<()> = Ok(());
         for completion in done {
-            let result = completion.result;
             self.recycle(completion.buffers);
-            result?;
+            all = all.and(completion.result);
         }
-        Ok(())
+        // The host tells of data that it has lost once, and this was not the driver's flush. Where
+        // there was no space, the data is still there.
+        self.flush_lost |= matches!(&all, Err(error) if !is_no_space(error));
+        all
     }
 
     fn stage(&mut self, engine: Box<dyn Queue>, epoll: &Epoll) -> io::Result<()> {
