@@ -37,8 +37,6 @@ const SIZE: u64 = 256 * MIB;
 /// Page numbers in a request, and requests under way: Linux has one, the ring has room for more.
 const NUMBERS: usize = 256;
 const RUNS: usize = 7;
-/// The pages that the driver is asked for.
-const TARGET: u32 = (SIZE / PAGE) as u32;
 /// Where in the configuration space it tells how many it has given.
 const ACTUAL: u64 = 4;
 /// What Linux accepts: it does not use pages again before it has told.
@@ -193,12 +191,14 @@ fn measure(memory: Memory, scattered: bool, busy: bool) {
         discards: Inhibitor::default(),
     };
     let balloon = Arc::new(Balloon::new(&config, context).expect("a balloon"));
-    balloon.set_target(u64::from(TARGET) * PAGE);
+    let numbers = numbers(scattered);
+    // All that the driver has: it has not reached more, whatever it says.
+    let target = numbers.len() as u32;
+    balloon.set_target(u64::from(target) * PAGE);
     let guest = TestGuest::with_memory(memory.map());
     let (slot, _transport) = guest.plug(balloon.clone());
     let mut driver = TestDriver::new(&guest, slot);
     driver.start(VERSION_1 | MUST_TELL_HOST, 128);
-    let numbers = numbers(scattered);
     let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
     let at = START - 32 * MIB;
     guest.poke(at, &bytes);
@@ -211,7 +211,7 @@ fn measure(memory: Memory, scattered: bool, busy: bool) {
         let all = viewer.info("").inflated + numbers.len() as u64 * PAGE;
         let begun = Instant::now();
         inflate(&mut driver, at, numbers.len(), under_way);
-        driver.device_write(ACTUAL, &TARGET.to_le_bytes());
+        driver.device_write(ACTUAL, &target.to_le_bytes());
         while viewer.info("").inflated < all {
             // Short against what is measured; the processor is the device's.
             std::thread::sleep(Duration::from_micros(100));
