@@ -211,6 +211,7 @@ fn ballast(image: &Path, case: &Case) -> f64 {
         disable_io_uring: false,
         lock: LockGranularity::ByteRange,
         backing_files: false,
+        cache_bytes: None,
     };
     let opened = disk::open(Format::Qcow2, &options).expect("the image");
     let mut queue = opened.open_queue(case.depth).expect("a queue");

@@ -62,6 +62,7 @@ impl Image {
             disable_io_uring: false,
             lock: LockGranularity::ByteRange,
             backing_files: self.backing_files,
+            cache_bytes: None,
         }
     }
 }

@@ -38,8 +38,8 @@ pub struct DiskInfo {
     pub cluster_size: Option<u64>,
     /// Clusters known to be allocated and not in use.
     pub leaked_clusters: Option<u64>,
-    /// How many of the look-ups of metadata the cache could answer, from 0 to 1; null before the
-    /// first.
+    /// How many of the look-ups of where data is the cache of tables (`l2_cache_size`) could answer,
+    /// from 0 to 1; null before the first, and for raw images.
     pub cache_hit_ratio: Option<f64>,
     /// Names of the snapshots inside the image.
     pub snapshots: Option<Vec<String>>,

@@ -227,6 +227,7 @@ fn open(config: &DiskConfig) -> Result<Box<dyn Image>, BuildError> {
         disable_io_uring: config.disable_io_uring,
         lock: config.lock_granularity,
         backing_files: config.backing_files,
+        cache_bytes: config.l2_cache_size,
     };
     disk::open(format, &options)
 }

@@ -264,6 +264,7 @@ impl<'a> Move<'a> {
             disable_io_uring: self.config.disable_io_uring,
             lock: self.config.lock_granularity,
             backing_files: true,
+            cache_bytes: self.config.l2_cache_size,
         };
         let image = Qcow2Image::open_overlay(&options, &self.path, &below);
         let image = image.map_err(|error| match blame(error, &self.path) {

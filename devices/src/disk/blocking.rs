@@ -235,6 +235,7 @@ mod tests {
             disable_io_uring: false,
             lock: LockGranularity::ByteRange,
             backing_files: false,
+            cache_bytes: None,
         };
         let mut disk = Blocking::open(Format::Raw, &options).unwrap();
         let mut model = vec![0; 64 << 10];

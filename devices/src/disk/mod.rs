@@ -41,6 +41,10 @@ pub mod space;
 pub use buffers::Buffers;
 pub use lock::LockGranularity;
 
+/// Bytes of a qcow2 chain's tables that are kept in memory unless it is told: with clusters of 64 KiB
+/// what 256 GiB of the disk need.
+pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
+
 /// Bytes in a sector, the unit in which guests count.
 pub const SECTOR: u64 = 512;
 
@@ -95,7 +99,7 @@ pub struct ImageInfo {
     pub cluster_bytes: Option<u64>,
     /// Clusters that are known to be allocated and not in use.
     pub leaked_clusters: Option<u64>,
-    /// Look-ups of metadata so far: those that the cache could answer, and all.
+    /// Look-ups in tables of where data is, so far: those that the cache could answer, and all.
     pub cache: Option<(u64, u64)>,
     /// Names of the snapshots inside the image.
     pub snapshots: Option<Vec<String>>,
@@ -237,6 +241,9 @@ pub struct OpenOptions {
     pub lock: LockGranularity,
     /// Follow the name of a backing file that the image has.
     pub backing_files: bool,
+    /// Most bytes of a qcow2 chain's tables that are kept in memory; [`DEFAULT_CACHE_BYTES`] without.
+    /// What has been changed and not yet written is kept beyond that, until the next flush.
+    pub cache_bytes: Option<u64>,
 }
 
 /// The formats there are. A format is always told, never guessed from the image's content, which

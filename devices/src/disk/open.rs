@@ -256,6 +256,7 @@ mod tests {
             disable_io_uring: false,
             lock: LockGranularity::ByteRange,
             backing_files: false,
+            cache_bytes: None,
         }
     }
 

@@ -316,6 +316,7 @@ fuzz_target!(
             disable_io_uring: input.sync,
             lock: LockGranularity::ByteRange,
             backing_files: input.backing_files || untouched,
+            cache_bytes: None,
         };
         tell(&options);
         let before = content(&options);

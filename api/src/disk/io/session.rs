@@ -80,6 +80,7 @@ impl Session {
             disable_io_uring: false,
             lock: LockGranularity::ByteRange,
             backing_files: self.backing_files,
+            cache_bytes: None,
         }
     }
 

@@ -167,6 +167,90 @@ fn config_queue() -> u16 {
     128
 }
 
+/// The ratio after all slices of tables of 72 MiB were asked for, twice and in order.
+fn hit_ratio(path: &std::path::Path, readonly: bool, cache: Option<u64>) -> f64 {
+    let setup = Setup {
+        direct: false,
+        sync: false,
+        event_idx: true,
+    };
+    let mut disk = Disk::with(setup, |config| {
+        config.path = path.into();
+        config.image_type = ImageType::Qcow2;
+        config.readonly = readonly;
+        config.l2_cache_size = cache;
+        config.validate().unwrap();
+    });
+    let ratio = |disk: &Disk| disk.block.info("a").unwrap().cache_hit_ratio;
+    assert_eq!(ratio(&disk), None, "nobody has asked yet");
+    for _ in 0..2 {
+        // Of 64 entries each, for clusters of 512 bytes.
+        for first in (0..72 * MIB / (32 << 10)).step_by(32) {
+            for i in 0..32 {
+                let base = BUFFERS + i * 0x1000;
+                disk.header(base, 0, (first + i) * 64);
+                let pieces = [
+                    (base, 16, false),
+                    (base + 0x200, 512, true),
+                    (base + 0x400, 1, true),
+                ];
+                let head = disk.driver.chain(&pieces);
+                disk.driver.offer(head);
+            }
+            disk.driver.ring();
+            for _ in 0..32 {
+                disk.driver.wait_used();
+            }
+        }
+    }
+    ratio(&disk).unwrap()
+}
+
+#[test]
+fn the_cache_of_tables_is_as_large_as_is_configured_and_its_hits_are_counted() {
+    let Some(folder) = qemu::folder() else { return };
+    let options = "cluster_size=512,preallocation=metadata";
+    let path = qemu::create(folder.path(), "tables.qcow2", options, 72 * MIB);
+    for readonly in [true, false] {
+        let all = hit_ratio(&path, readonly, None);
+        assert_eq!(all, 0.5, "the second round finds all: {readonly}");
+        let none = hit_ratio(&path, readonly, Some(MIB));
+        assert_eq!(
+            none, 0.0,
+            "each is gone when it is needed again: {readonly}"
+        );
+    }
+}
+
+#[test]
+fn a_cache_of_tables_that_can_not_be_is_refused() {
+    let image = image();
+    let plain = Setup {
+        direct: false,
+        sync: false,
+        event_idx: false,
+    };
+    let mut config = config(&image, plain);
+    let refused = |config: &DiskConfig| config.validate().unwrap_err().field == "l2_cache_size";
+    config.l2_cache_size = Some(MIB);
+    assert!(refused(&config), "a raw image has no tables");
+    config.image_type = ImageType::Unknown;
+    assert!(refused(&config), "which means raw");
+    config.image_type = ImageType::Qcow2;
+    for (bytes, is_valid) in [
+        (0, false),
+        (MIB - 1, false),
+        (MIB, true),
+        (1 << 30, true),
+        ((1 << 30) + 1, false),
+        (u64::MAX, false),
+    ] {
+        config.l2_cache_size = Some(bytes);
+        assert_eq!(config.validate().is_ok(), is_valid, "{bytes}");
+        assert!(is_valid || refused(&config));
+    }
+}
+
 #[test]
 fn what_is_not_built_for_thin_disks_is_refused() {
     let image = image();

@@ -31,6 +31,7 @@ fn options(path: &Path, readonly: bool) -> OpenOptions {
         disable_io_uring: true,
         lock: LockGranularity::ByteRange,
         backing_files: true,
+        cache_bytes: None,
     }
 }
 

@@ -2,6 +2,7 @@
 //! constant time, evicted by the CLOCK rule.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Names a slice: the layer, and where it stands in that layer's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +18,33 @@ struct Entry {
     bytes: Box<[u8]>,
     /// Looked up since the hand last came by.
     used: bool,
+}
+
+/// How often the slices in memory were asked where data is, and how often one had to be read for it.
+/// Any thread may count and ask.
+#[derive(Debug, Default)]
+pub struct Lookups {
+    answered: AtomicU64,
+    missed: AtomicU64,
+}
+
+impl Lookups {
+    /// So many slices have been looked at, and the question is answered.
+    pub fn answered(&self, slices: u64) {
+        self.answered.fetch_add(slices, Relaxed);
+    }
+
+    /// A slice was not there; the same question will be put again.
+    pub fn missed(&self) {
+        self.missed.fetch_add(1, Relaxed);
+    }
+
+    /// Look-ups so far: those for which nothing had to be read, and all.
+    pub fn counts(&self) -> (u64, u64) {
+        let missed = self.missed.load(Relaxed);
+        let all = self.answered.load(Relaxed);
+        (all.saturating_sub(missed), all)
+    }
 }
 
 /// See the module.

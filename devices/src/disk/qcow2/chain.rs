@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::super::buffers::{AlignedBuffer, Buffers, read_at};
 use super::super::lock::ImageLock;
 use super::super::open::{HostFile, open_beside_own, open_file};
-use super::super::{Format, Geometry, OpenOptions};
-use super::cache::{SliceCache, SliceKey};
+use super::super::{DEFAULT_CACHE_BYTES, Format, Geometry, OpenOptions, SECTOR};
+use super::cache::{Lookups, SliceCache, SliceKey};
 use super::details::{self, ReadError, Snapshot};
 use super::header::{self, Backing, Header, MAX_CLUSTER, Unusable};
 use super::map::{Compressed, Layout, Mapping};
@@ -28,8 +28,6 @@ const MAX_DEPTH: usize = 64;
 const MAX_L1_BYTES: usize = 64 << 20;
 /// Bytes of a table of snapshots that are read at a time: more than any of them has.
 const SNAPSHOT_PIECE: usize = 256 << 10;
-/// The most bytes of L2 slices kept in memory.
-const CACHE_BYTES: usize = 32 << 20;
 
 /// What O_DIRECT asks for.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +97,10 @@ pub enum Lookup {
 pub struct Chain {
     pub layers: Vec<Layer>,
     cache: Mutex<SliceCache>,
+    /// Of this cache, and of the one that the topmost image has if it is written to.
+    pub lookups: Lookups,
+    /// How many bytes that other one may have.
+    pub pages_bytes: usize,
 }
 
 /// What opening found out about the topmost image.
@@ -183,14 +185,17 @@ impl Chain {
                 _lock: host.lock,
             });
         }
+        let (chain_bytes, pages_bytes) = divide(&layers, options);
         let slice_bytes = layers
             .iter()
             .filter_map(Layer::layout)
             .map(Layout::slice_bytes);
-        let capacity = CACHE_BYTES / slice_bytes.max().unwrap_or(CACHE_BYTES);
+        let capacity = chain_bytes / slice_bytes.max().unwrap_or(SECTOR as usize).max(1);
         let chain = Self {
             layers,
             cache: Mutex::new(SliceCache::new(capacity)),
+            lookups: Lookups::default(),
+            pages_bytes,
         };
         let top = top.ok_or_else(|| refused(&options.path, "there is no image"))?;
         Ok((chain, top))
@@ -207,7 +212,18 @@ impl Chain {
     }
 
     /// As [`Chain::look_up`], but in what lies below the topmost `first` layers.
-    pub fn look_up_from(&self, first: u16, position: u64, mut len: u64) -> Lookup {
+    pub fn look_up_from(&self, first: u16, position: u64, len: u64) -> Lookup {
+        let mut answers = 0;
+        let result = self.find(first, position, len, &mut answers);
+        match result {
+            // The whole question is put again when the slice is there.
+            Lookup::Missing(_) => self.lookups.missed(),
+            Lookup::Found(..) | Lookup::Corrupt(_) => self.lookups.answered(answers),
+        }
+        result
+    }
+
+    fn find(&self, first: u16, position: u64, mut len: u64, answers: &mut u64) -> Lookup {
         for (number, layer) in (0_u16..).zip(&self.layers).skip(first.into()) {
             let left = layer.size_bytes.saturating_sub(position);
             if left == 0 {
@@ -218,7 +234,7 @@ impl Chain {
             let Some(tables) = &layer.tables else {
                 return Lookup::Found(Found::Data(number, position), len);
             };
-            let mapping = match self.look_up_in(number, tables, position, len) {
+            let mapping = match self.look_up_in(number, tables, position, len, answers) {
                 Ok((mapping, span)) => {
                     len = span;
                     mapping
@@ -242,6 +258,7 @@ impl Chain {
         tables: &Tables,
         position: u64,
         len: u64,
+        answers: &mut u64,
     ) -> Result<(Mapping, u64), Lookup> {
         let place = tables.layout.place(position);
         let entry = tables.l1.get(place.l1_index);
@@ -255,6 +272,7 @@ impl Chain {
         let key = SliceKey { layer, offset };
         let mut cache = self.cache();
         let slice = cache.get(key).ok_or(Lookup::Missing(key))?;
+        *answers += 1;
         let mapped = tables.layout.map(slice, &place, len);
         mapped.map_err(|_| Lookup::Corrupt(layer))
     }
@@ -274,6 +292,19 @@ impl Chain {
     fn cache(&self) -> std::sync::MutexGuard<'_, SliceCache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How the memory for tables is divided: what the chain's cache has of it, and what is left for the
+/// one of a topmost image that is written to.
+fn divide(layers: &[Layer], options: &OpenOptions) -> (usize, usize) {
+    let all = options.cache_bytes.unwrap_or(DEFAULT_CACHE_BYTES);
+    let all = usize::try_from(all).unwrap_or(usize::MAX);
+    if options.readonly {
+        return (all, 0);
+    }
+    let tables_below = layers.iter().skip(1).any(|layer| layer.tables.is_some());
+    let chain = if tables_below { all / 2 } else { 0 };
+    (chain, all - chain)
 }
 
 fn alignment(host: &HostFile) -> Option<Alignment> {

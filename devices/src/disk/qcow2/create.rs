@@ -213,6 +213,7 @@ impl CreateOptions {
             disable_io_uring: true,
             lock: LockGranularity::ByteRange,
             backing_files: true,
+            cache_bytes: None,
         };
         let under = |error| match error {
             BuildError::Invalid(wrong) => invalid("backing_file", wrong.reason),

@@ -215,6 +215,7 @@ impl Image for Qcow2Image {
             backing: backing.collect(),
             leaked_clusters: self.control.as_ref().and_then(|control| control.leaks()),
             snapshots: Some(self.snapshots.clone()),
+            cache: Some(self.chain.lookups.counts()),
             cluster_bytes: layout.map(|layout| layout.cluster_bytes() as u64),
             ..ImageInfo::new(Format::Qcow2, self.size_bytes())
         })

@@ -30,6 +30,7 @@ fn engine(folder: &str, sync: bool, direct: bool) -> Engine {
         disable_io_uring: sync,
         lock: LockGranularity::ByteRange,
         backing_files: false,
+        cache_bytes: None,
     })
     .unwrap();
     Engine {
@@ -398,6 +399,7 @@ fn a_raw_image_grows_and_a_device_only_as_far_as_it_goes() {
         disable_io_uring: true,
         lock: LockGranularity::ByteRange,
         backing_files: false,
+        cache_bytes: None,
     })
     .unwrap();
     assert!(matches!(
@@ -421,6 +423,7 @@ fn a_block_device_is_a_disk_like_any_other() {
                 disable_io_uring: sync,
                 lock: LockGranularity::ByteRange,
                 backing_files: false,
+                cache_bytes: None,
             })
             .unwrap();
             assert_eq!(image.size_bytes(), SIZE);

@@ -21,6 +21,7 @@ fn options(path: &Path) -> OpenOptions {
         disable_io_uring: true,
         lock: LockGranularity::ByteRange,
         backing_files: false,
+        cache_bytes: None,
     }
 }
 

@@ -28,6 +28,7 @@ fn options(path: &Path) -> OpenOptions {
         disable_io_uring: false,
         lock: LockGranularity::ByteRange,
         backing_files: true,
+        cache_bytes: None,
     }
 }
 

@@ -352,11 +352,15 @@ impl Engine {
                     }
                     Ok(None) => return Ok(look(None, &place)),
                     Ok(Some(offset)) => match tables.pages.get(offset) {
-                        Some(page) => return Ok(look(Some(page), &place)),
+                        Some(page) => {
+                            self.chain.lookups.answered(1);
+                            return Ok(look(Some(page), &place));
+                        }
                         None => offset,
                     },
                 }
             };
+            self.chain.lookups.missed();
             self.load(SliceKey { layer: TOP, offset }, Kind::L2).await?;
         }
     }

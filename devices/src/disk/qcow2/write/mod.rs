@@ -42,5 +42,3 @@ pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 const BOUNCE: u64 = 256 << 10;
 /// About so many bytes are copied at a time, to keep what a write does not cover.
 const COPY_BYTES: u64 = 16 << 20;
-/// The most bytes of clean L2 tables and refcount blocks kept in memory.
-const CACHE_BYTES: usize = 32 << 20;

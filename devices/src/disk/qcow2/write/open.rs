@@ -15,7 +15,6 @@ use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
 use super::super::header::{Header, OFFSET_LIMIT};
 use super::super::map::Layout;
-use super::CACHE_BYTES;
 use super::control::Control;
 use super::engine::{Engine, Tables};
 use super::extents::{Extents, Run};
@@ -94,7 +93,7 @@ impl Writable {
             l1_version: 0,
             refcounts,
             refcounts_offset: writing.refcount_table_offset,
-            pages: Pages::new(CACHE_BYTES / layout.slice_bytes()),
+            pages: Pages::new(chain.pages_bytes / layout.slice_bytes().max(1)),
             reserved: HashSet::new(),
             free: Extents::default(),
             end: 0,

@@ -53,6 +53,7 @@ fn options(path: &Path, direct: bool, sync: bool) -> OpenOptions {
         disable_io_uring: sync,
         lock: LockGranularity::ByteRange,
         backing_files: true,
+        cache_bytes: None,
     }
 }
 
