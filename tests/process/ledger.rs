@@ -1,13 +1,15 @@
 //! VMs that share a ledger: who is admitted, what is given back when, and what the host's view
 //! shows.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Barrier;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vmm::overcommit::ledger::lineage::{Below, Lineage};
 use vmm::overcommit::ledger::{Directory, Snapshot, overview};
 
 use super::before;
@@ -345,5 +347,89 @@ fn the_host_command_works_without_any_ledger_and_refuses_one_that_is_not_there()
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(error.contains(bad) && error.lines().count() == 1, "{error}");
         assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn a_vm_in_a_cgroup_namespace_of_its_own_is_found_where_it_is() {
+    let Some(group) = Group::new() else {
+        eprintln!("SKIPPED: there is no cgroup v2 here, or none can be made");
+        return;
+    };
+    let mut contained = Launch::of(Path::new("/bin/sh"));
+    let script = "echo $$ >\"$1/cgroup.procs\" && exec unshare --cgroup --mount sh -c '\
+                  mount -t cgroup2 none \"$1\" && exec \"$2\" --api-socket \"$3\" \
+                  --overcommit-ledger \"$4\"' sh /mnt \"$2\" \"$3\" \"$4\"";
+    let dir = ledger(SLEEPER);
+    let socket = contained.path("api.sock");
+    let command = contained.command().args(["-c", script, "sh"]);
+    command.args([group.0.as_path(), Path::new(binary()), &socket, dir.path()]);
+    if let Err(reason) = may_unshare() {
+        eprintln!("SKIPPED: no namespaces can be made: {reason}");
+        return;
+    }
+    let contained = contained.start();
+    let outside = launch(dir.path()).start();
+
+    let records = snapshot(dir.path()).records;
+    let of = |pid: u32| {
+        let record = records.iter().find(|(_, record)| record.pid == pid);
+        record.expect("its record").1.clone()
+    };
+    let (contained, outside) = (of(contained.pid()), of(outside.pid()));
+    assert_eq!(contained.cgroup, "/", "as it sees itself");
+    let id = |path: &Path| std::fs::metadata(path).expect("a cgroup").ino();
+    assert_eq!(contained.lineage.groups, [id(&group.0)]);
+    assert!(!contained.lineage.whole && outside.lineage.whole);
+    assert_eq!(contained.lineage.device, outside.lineage.device);
+
+    let seen = |groups: &[u64]| Lineage {
+        groups: groups.to_vec(),
+        ..outside.lineage.clone()
+    };
+    let root = id(group.0.parent().expect("the root"));
+    assert_eq!(outside.lineage.top(), Some(root));
+    let own = seen(&[id(&group.0), root]);
+    assert_eq!(contained.lineage.is_below(&own), Below::Yes);
+    assert_eq!(outside.lineage.is_below(&own), Below::No);
+    // Of the root, the container can't say it: whoever sees that has to look.
+    assert_eq!(contained.lineage.is_below(&seen(&[root])), Below::Unknown);
+}
+
+/// A cgroup (v2), removed when dropped.
+struct Group(PathBuf);
+
+impl Group {
+    fn new() -> Option<Self> {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "))?;
+        // The root of the hierarchy; elsewhere the numbers of the test are others.
+        let mut fields = mount.split(' ').skip(3);
+        let point = fields
+            .next()
+            .filter(|root| *root == "/")
+            .and(fields.next())?;
+        let point = Path::new(point);
+        let whole = !point.join("cgroup.type").exists();
+        let path = point.join(format!("ballast-test-{}", std::process::id()));
+        (whole && std::fs::create_dir(&path).is_ok()).then_some(Self(path))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // The process that was in it has only just ended.
+        eventually("the cgroup goes", || std::fs::remove_dir(&self.0).ok());
+    }
+}
+
+fn may_unshare() -> Result<(), String> {
+    let mut command = Command::new("unshare");
+    let output = command.args([
+        "--cgroup", "--mount", "mount", "-t", "cgroup2", "none", "/mnt",
+    ]);
+    match output.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        other => Err(format!("{other:?}")),
     }
 }

@@ -6,11 +6,15 @@
 //! that it can be promised what is not there, up to the operator's `ratio`.
 //!
 //! Memory is limited at the host and at each cgroup (v2) with a `memory.max` that the process is
-//! in: each is a [`Ceiling`] of its own, which counts those VMs that are below it. A ceiling that
-//! is one VM's alone needs no reserve: there is nobody to give anything back to.
+//! in: each is a [`Ceiling`] of its own, which counts those VMs that are below it, and those of
+//! which that can't be told (see [`super::ledger::lineage`]). A ceiling that is one VM's alone
+//! needs no reserve: there is nobody to give anything back to.
+
+use std::collections::BTreeSet;
 
 use thiserror::Error;
 
+use super::ledger::lineage::{Below, Lineage};
 use super::ledger::{Limits, Record, Reservation};
 use crate::config::{OvercommitConfig, VmConfig};
 
@@ -65,17 +69,27 @@ pub struct Ceiling {
     pub name: String,
     /// Bytes of memory.
     pub bytes: u64,
-    /// The cgroup below which it counts; `None` is everywhere.
-    pub cgroup: Option<String>,
+    /// The cgroup whose it is, and those above it; `None` is everywhere.
+    pub cgroup: Option<Lineage>,
+    /// All cgroups below that one, where somebody has looked and has seen them all.
+    pub inside: Option<BTreeSet<u64>>,
 }
 
 impl Ceiling {
-    fn covers(&self, cgroup: &str) -> bool {
+    /// Whether it holds for a process in `cgroup`; where that can't be told, it does.
+    fn covers(&self, cgroup: &Lineage) -> bool {
         let Some(own) = &self.cgroup else {
             return true;
         };
-        let below = cgroup.strip_prefix(own.trim_end_matches('/'));
-        below.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        match cgroup.is_below(own) {
+            Below::Yes => true,
+            Below::No => false,
+            Below::Unknown => {
+                let known = self.inside.as_ref().filter(|_| cgroup.device == own.device);
+                let found = known.zip(cgroup.top());
+                found.is_none_or(|(inside, top)| inside.contains(&top))
+            }
+        }
     }
 }
 
@@ -137,16 +151,18 @@ impl Refusal {
     }
 }
 
-/// Decides whether a VM of a process in `cgroup` may have what it asks for beside the others.
+/// Decides whether a VM may have what it asks for beside the others. The `ceilings` are those that
+/// hold for it.
 pub fn admit<'a>(
     asked: Reservation,
-    cgroup: &str,
     others: impl Iterator<Item = &'a Record> + Clone,
     ceilings: &[Ceiling],
     limits: &Limits,
 ) -> Result<(), Refusal> {
-    for ceiling in ceilings.iter().filter(|c| c.covers(cgroup)) {
-        let others = others.clone().filter(|other| ceiling.covers(&other.cgroup));
+    for ceiling in ceilings {
+        let others = others
+            .clone()
+            .filter(|other| ceiling.covers(&other.lineage));
         let mut numbers = Numbers {
             ceiling: ceiling.name.clone(),
             asked,
@@ -193,14 +209,25 @@ mod tests {
             name: "the host".into(),
             bytes,
             cgroup: None,
+            inside: None,
         }
     }
 
-    fn group(path: &str, bytes: u64) -> Ceiling {
+    /// The cgroups of these tests: `/` is 1, and each other one has a number.
+    fn lineage(groups: &[u64]) -> Lineage {
+        Lineage {
+            device: 38,
+            groups: groups.to_vec(),
+            whole: groups.last() == Some(&1),
+        }
+    }
+
+    fn group(groups: &[u64], bytes: u64) -> Ceiling {
         Ceiling {
-            name: format!("cgroup {path}"),
+            name: format!("cgroup {}", groups[0]),
             bytes,
-            cgroup: Some(path.into()),
+            cgroup: Some(lineage(groups)),
+            inside: None,
         }
     }
 
@@ -213,9 +240,9 @@ mod tests {
         }
     }
 
-    fn other(cgroup: &str, guaranteed: u64, max: u64) -> Record {
+    fn other(groups: &[u64], guaranteed: u64, max: u64) -> Record {
         Record {
-            cgroup: cgroup.into(),
+            lineage: lineage(groups),
             reservation: reservation(guaranteed, max),
             ..Record::default()
         }
@@ -230,16 +257,10 @@ mod tests {
 
     #[test]
     fn guarantees_overheads_and_the_reserve_fill_the_host_to_the_last_byte() {
-        let others = [other("/", 300, 900), other("/", 100, 900)];
+        let others = [other(&[1], 300, 900), other(&[], 100, 900)];
         let decide = |guaranteed, memory| {
             let asked = reservation(guaranteed, 900);
-            admit(
-                asked,
-                "/",
-                others.iter(),
-                &[host(memory)],
-                &limits(70, None),
-            )
+            admit(asked, others.iter(), &[host(memory)], &limits(70, None))
         };
         // 300 + 10 + 100 + 10, 500 + 10, 70
         assert_eq!(decide(500, 1000), Ok(()));
@@ -254,10 +275,10 @@ mod tests {
 
     #[test]
     fn more_may_be_promised_than_there_is_up_to_the_ratio() {
-        let others = [other("/", 100, 900)];
+        let others = [other(&[1], 100, 900)];
         let decide = |max, ratio| {
             let asked = reservation(100, max);
-            admit(asked, "/", others.iter(), &[host(1000)], &limits(0, ratio))
+            admit(asked, others.iter(), &[host(1000)], &limits(0, ratio))
         };
         assert_eq!(decide(1_000_000, None), Ok(()));
         assert_eq!(decide(580, Some(1.5)), Ok(()));
@@ -271,25 +292,53 @@ mod tests {
 
     #[test]
     fn a_cgroup_counts_those_below_it_and_needs_no_reserve_for_one_alone() {
-        let ceilings = [host(10_000), group("/vms", 1000), group("/vms/a", 510)];
-        let others = [other("/elsewhere", 5000, 5000), other("/vmsx", 900, 900)];
+        let ceilings = [host(10_000), group(&[2, 1], 1000), group(&[3, 2, 1], 510)];
+        let others = [other(&[4, 1], 5000, 5000), other(&[5, 1], 900, 900)];
         let decide = |others: &[Record], guaranteed| {
             let asked = reservation(guaranteed, guaranteed);
-            let limits = limits(100, None);
-            admit(asked, "/vms/a", others.iter(), &ceilings, &limits)
+            admit(asked, others.iter(), &ceilings, &limits(100, None))
         };
         assert_eq!(decide(&others, 500), Ok(()));
         let refusal = decide(&others, 501).unwrap_err();
-        assert_eq!(refusal.numbers().ceiling, "cgroup /vms/a");
+        assert_eq!(refusal.numbers().ceiling, "cgroup 3");
         // A neighbour in the slice: now it has a reserve.
         let mut others = others.to_vec();
-        others.push(other("/vms/b", 380, 380));
+        others.push(other(&[6, 2, 1], 380, 380));
         assert_eq!(decide(&others, 500), Ok(()));
-        others.push(other("/vms/c", 0, 0));
+        others.push(other(&[7, 2, 1], 0, 0));
         let refusal = decide(&others, 500).unwrap_err();
-        assert_eq!(refusal.numbers().ceiling, "cgroup /vms");
+        assert_eq!(refusal.numbers().ceiling, "cgroup 2");
         assert_eq!(refusal.numbers().reserve, 100);
         assert_eq!(refusal.numbers().guaranteed_by_others, 400);
+    }
+
+    #[test]
+    fn a_vm_in_a_container_counts_where_it_is_and_everywhere_if_nobody_knows() {
+        let mut slice = group(&[2, 1], 1000);
+        let decide = |slice: &Ceiling, other: Record| {
+            let asked = reservation(500, 500);
+            admit(
+                asked,
+                [other].iter(),
+                &[host(10_000), slice.clone()],
+                &limits(0, None),
+            )
+        };
+        // It sees no further than its own root, which may be the slice …
+        assert!(decide(&slice, other(&[9, 2], 481, 481)).is_err());
+        assert!(decide(&slice, other(&[2], 481, 481)).is_err());
+        // … or elsewhere: that says who sees more.
+        let unknown = other(&[9, 8], 481, 481);
+        assert!(decide(&slice, unknown.clone()).is_err());
+        slice.inside = Some(BTreeSet::from([8, 9]));
+        assert!(decide(&slice, unknown.clone()).is_err());
+        slice.inside = Some(BTreeSet::from([3]));
+        assert_eq!(decide(&slice, unknown), Ok(()));
+        // Of these, nothing can be said.
+        assert!(decide(&slice, other(&[], 481, 481)).is_err());
+        let mut foreign = other(&[9, 8], 481, 481);
+        foreign.lineage.device = 39;
+        assert!(decide(&slice, foreign).is_err());
     }
 
     #[test]
@@ -314,44 +363,44 @@ mod tests {
         assert!(huge.overhead > 0);
     }
 
-    #[test]
-    fn the_root_group_covers_all() {
-        assert!(group("/", 1).covers("/") && group("/", 1).covers("/a/b"));
-        assert!(group("/a", 1).covers("/a") && group("/a", 1).covers("/a/b"));
-        assert!(!group("/a", 1).covers("/ab") && !group("/a", 1).covers("/"));
-    }
-
     proptest! {
         #[test]
         fn whoever_is_admitted_one_after_another_fits_together(
-            asked in proptest::collection::vec((0..500_u64, 0..2000_u64, 0..3_usize), 0..30),
+            asked in proptest::collection::vec((0..500_u64, 0..2000_u64, 0..6_usize), 0..30),
             memory in 0..3000_u64,
             slice in 0..3000_u64,
             reserve in 0..500_u64,
             ratio in proptest::option::of(0.1..3.0),
         ) {
-            let groups = ["/", "/s", "/s/x"];
-            let ceilings = [host(memory), group("/s", slice)];
+            // In the slice (2) and without; the last see nothing above their own cgroup.
+            let places: [&[u64]; 6] = [&[1], &[2, 1], &[3, 2, 1], &[5, 1], &[4], &[6]];
+            let below_slice = |record: &Record| [2, 3, 4].contains(&record.lineage.groups[0]);
             let limits = limits(reserve, ratio);
             let mut admitted: Vec<Record> = Vec::new();
             for (guaranteed, more, place) in asked {
-                let record = other(groups[place], guaranteed, guaranteed + more);
-                let cgroup = groups[place];
-                if admit(record.reservation, cgroup, admitted.iter(), &ceilings, &limits).is_ok() {
-                    admitted.push(record);
+                let record = other(places[place], guaranteed, guaranteed + more);
+                let mut ceilings = vec![host(memory)];
+                if record.lineage.groups.contains(&2) {
+                    let mut slice = group(&[2, 1], slice);
+                    slice.inside = (guaranteed % 2 == 0).then(|| BTreeSet::from([3, 4]));
+                    ceilings.push(slice);
                 }
-            }
-            if admitted.is_empty() {
-                return Ok(());
-            }
-            let total = |below: &str, what: fn(&Reservation) -> u64| -> u64 {
-                let under = admitted.iter().filter(|r| r.cgroup.starts_with(below));
-                under.map(|r| what(&r.reservation)).sum()
-            };
-            prop_assert!(total("/", Reservation::fixed) + reserve <= memory);
-            prop_assert!(total("/s", Reservation::fixed) <= slice);
-            if let Some(ratio) = ratio {
-                prop_assert!(total("/", Reservation::promised) as f64 <= memory as f64 * ratio);
+                if admit(record.reservation, admitted.iter(), &ceilings, &limits).is_err() {
+                    continue;
+                }
+                admitted.push(record);
+                let total = |which: &dyn Fn(&Record) -> bool, what: fn(&Reservation) -> u64| {
+                    let those = admitted.iter().filter(|r| which(r));
+                    those.map(|r| what(&r.reservation)).sum::<u64>()
+                };
+                prop_assert!(total(&|_| true, Reservation::fixed) + reserve <= memory);
+                if let Some(ratio) = ratio {
+                    let promised = total(&|_| true, Reservation::promised);
+                    prop_assert!(promised as f64 <= memory as f64 * ratio);
+                }
+                if ceilings.len() > 1 {
+                    prop_assert!(total(&below_slice, Reservation::fixed) <= slice);
+                }
             }
         }
 
@@ -362,7 +411,7 @@ mod tests {
         ) {
             let asked = Reservation { max, guaranteed, overhead, huge_pages: 0 };
             let others = [Record { reservation: asked, ..Record::default() }];
-            let result = admit(asked, "/", others.iter(), &[host(memory)], &limits(reserve, None));
+            let result = admit(asked, others.iter(), &[host(memory)], &limits(reserve, None));
             let needed = 2 * u128::from(asked.fixed()) + u128::from(reserve);
             // Sums stop at the largest number, which no host has.
             prop_assert_eq!(result.is_ok(), needed <= u128::from(memory));

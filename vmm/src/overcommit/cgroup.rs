@@ -26,23 +26,30 @@ pub struct Cgroup {
 
 /// Finds the cgroup of the process `pid`, whose directory in /proc is `process`.
 pub fn locate(process: &Path, pid: u32) -> Result<Cgroup, String> {
+    let (mut cgroup, _) = place(process)?;
+    cgroup.shared = company(&cgroup, process, pid);
+    Ok(cgroup)
+}
+
+/// The same without a look at who else is there; and the directory of the highest cgroup above it
+/// that is mounted here.
+pub fn place(process: &Path) -> Result<(Cgroup, PathBuf), String> {
     let membership = files::read(&process.join("cgroup"))?;
     let path = parse_membership(&membership).ok_or("this host has no cgroup v2")?;
     let mounts = files::read(&process.join("mountinfo"))?;
-    let mut cgroup = parse_mounts(&mounts)
-        .iter()
-        .filter_map(|mount| mount.place(path))
-        .find(|cgroup| cgroup.directory.join("cgroup.procs").exists())
+    let (mut cgroup, top) = parse_mounts(&mounts)
+        .into_iter()
+        .filter_map(|mount| Some((mount.place(path)?, mount.point)))
+        .find(|(cgroup, _)| cgroup.directory.join("cgroup.procs").exists())
         .ok_or_else(|| format!("cgroup {path} is not in any file system that is mounted here"))?;
     // No deeper than cgroups can be nested.
     for _ in 0..256 {
         let kind = files::read(&cgroup.directory.join("cgroup.type")).unwrap_or_default();
-        if kind.trim() != "threaded" || !cgroup.up() {
+        if kind.trim() != "threaded" || cgroup.directory == top || !cgroup.up() {
             break;
         }
     }
-    cgroup.shared = company(&cgroup, process, pid);
-    Ok(cgroup)
+    Ok((cgroup, top))
 }
 
 impl Cgroup {

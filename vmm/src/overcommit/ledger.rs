@@ -5,6 +5,8 @@
 //! - [`directory`]: who is alive, and how a reader finds out.
 //! - [`mod@limits`]: what the operator sets for all of them.
 //! - [`host`]: what there is to share.
+//! - [`lineage`]: which VMs share what of it.
+//! - [`planning`]: what the governors tell one another.
 //!
 //! # Whoever is killed at whatever moment
 //! leaves nothing behind that counts: locks are the kernel's to give back, a record without its
@@ -16,7 +18,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use devices::allow;
@@ -28,20 +29,22 @@ use utoipa::ToSchema;
 pub use self::directory::{Directory, Patience, Snapshot, Unreadable};
 pub use self::host::boot_clock_ms;
 pub use self::limits::{Limits, default_reserve};
+pub use self::planning::SharedLedger;
 pub use self::record::{Measures, RECORD_BYTES, Record, RecordError, Reservation};
 
 use self::directory::{Locked, PREFIX, SUFFIX};
-use self::host::Host;
-use super::Coordinator;
-use super::admission::{self, Ceiling, Numbers, Refusal};
-use super::reading::{Neighbours, Own};
+use self::host::{Home, Host};
+use super::admission::{self, Numbers, Refusal};
+use super::reading::Neighbours;
 use crate::error::Error as VmmError;
 use crate::event::Events;
 
 pub mod directory;
 mod host;
 pub mod limits;
+pub mod lineage;
 pub mod overview;
+mod planning;
 pub mod record;
 
 /// What the VMM thread calls for the ledger beyond [`devices::sandbox::COMMON`]: files beneath the
@@ -75,12 +78,9 @@ const NO_PATIENCE: Patience = Patience {
     time: Duration::from_millis(10),
     pause: Duration::from_millis(2),
 };
-/// For so long, what the others told is good enough to find that there is nothing to do.
-const RECENT_MS: u64 = 5000;
 /// Longest interval between two writes of a VM that is booted.
 pub const UPDATE_INTERVAL: Duration = Duration::from_secs(1);
-/// What a VM has told of its plans counts for so long.
-const PLANS_LAST_MS: u64 = 120_000;
+const GONE: &str = "our record was removed from it";
 
 /// Why a ledger can't be used.
 #[derive(Debug, Error)]
@@ -132,11 +132,13 @@ impl Ledger {
         let host = Host::default();
         let directory = Directory::open(path).map_err(|e| fail("", &e))?;
         limits(&directory).map_err(|reason| fail("", &reason))?;
+        let home = host.home();
         let record = Record {
             pid: std::process::id(),
             start_time: host::start_time().unwrap_or_default(),
             api_socket: api_socket.to_owned(),
-            cgroup: host.cgroup(),
+            cgroup: home.path,
+            lineage: home.lineage,
             written_at_ms: boot_clock_ms(),
             weight: 1,
             ..Record::default()
@@ -202,12 +204,13 @@ impl Ledger {
             self.write();
             return Ok(());
         }
-        let decided = self.decide(asked).and_then(|locked| {
+        let decided = self.decide(asked).and_then(|(locked, home)| {
             let record = Record {
                 reservation: asked,
                 weight,
                 // Others count it where admission did.
-                cgroup: self.host.cgroup(),
+                cgroup: home.path,
+                lineage: home.lineage,
                 written_at_ms: boot_clock_ms(),
                 ..self.record.clone()
             };
@@ -240,7 +243,9 @@ impl Ledger {
         vm.clone_into(&mut self.record.vm);
         state.clone_into(&mut self.record.state);
         self.record.measures = measures;
-        self.record.cgroup = self.host.cgroup();
+        let home = self.host.home();
+        self.record.cgroup = home.path;
+        self.record.lineage = home.lineage;
         self.write();
     }
 
@@ -253,7 +258,7 @@ impl Ledger {
     }
 
     /// Takes the lock and finds that what is asked for fits, or why not.
-    fn decide(&self, asked: Reservation) -> Result<Locked<'_>, Refused> {
+    fn decide(&self, asked: Reservation) -> Result<(Locked<'_>, Home), Refused> {
         let host = |doing: &str, error: &dyn std::fmt::Display| {
             VmmError::host(format!("{doing} the overcommit ledger"), error)
         };
@@ -279,14 +284,15 @@ impl Ledger {
             return Err(VmmError::NotAdmitted(reason).into());
         }
         let limits = limits(&self.directory).map_err(|reason| host("reading", &reason))?;
-        let cgroup = self.host.cgroup();
-        let ceilings = self.host.ceilings(&cgroup);
-        let ceilings: Vec<Ceiling> =
-            ceilings.map_err(|reason| VmmError::host("reading the host's memory", reason))?;
         let others = snapshot.records.iter().filter(|r| r.0 != self.name);
         let others = others.map(|(_, record)| record);
-        admission::admit(asked, &cgroup, others, &ceilings, &limits)?;
-        Ok(locked)
+        let home = self.host.home();
+        let lineages = others.clone().map(|other| &other.lineage);
+        let ceilings = self.host.ceilings(&home, lineages);
+        let ceilings =
+            ceilings.map_err(|reason| VmmError::host("reading the host's memory", reason))?;
+        admission::admit(asked, others, &ceilings, &limits)?;
+        Ok((locked, home))
     }
 
     fn tell_refusal<T>(&self, decided: Result<T, Refused>) -> Result<T, VmmError> {
@@ -385,96 +391,6 @@ impl Ledger {
     }
 }
 
-/// The ledger in two hands, which are both on the VMM thread: the loop, and the governor.
-#[derive(Clone)]
-pub struct SharedLedger(Arc<Mutex<Ledger>>);
-
-impl SharedLedger {
-    /// Shares it.
-    pub fn new(ledger: Ledger) -> Self {
-        Self(Arc::new(Mutex::new(ledger)))
-    }
-
-    /// For as long as the guard lives.
-    pub fn lock(&self) -> MutexGuard<'_, Ledger> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Coordinator for SharedLedger {
-    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
-        self.lock().exchange(decide);
-    }
-
-    fn recent(&self) -> Option<Neighbours> {
-        self.lock().recent()
-    }
-
-    fn tell(&mut self, own: Own) {
-        self.lock().tell(own);
-    }
-}
-
-const GONE: &str = "our record was removed from it";
-
-impl Coordinator for Ledger {
-    fn exchange(&mut self, decide: &mut dyn FnMut(&Neighbours) -> Own) {
-        let now = boot_clock_ms();
-        let result = self.exchange_locked(now, decide);
-        self.note(result.map_err(|error| error.to_string()));
-    }
-
-    fn recent(&self) -> Option<Neighbours> {
-        let age = boot_clock_ms().saturating_sub(self.heard_ms?);
-        // Whoever can't hear the others tries each time, until it works again.
-        (age < RECENT_MS && self.degraded.is_none()).then_some(self.neighbours)
-    }
-
-    fn tell(&mut self, own: Own) {
-        plan(&mut self.record, own, boot_clock_ms());
-        self.write();
-    }
-}
-
-impl Ledger {
-    fn exchange_locked(
-        &mut self,
-        now_ms: u64,
-        decide: &mut dyn FnMut(&Neighbours) -> Own,
-    ) -> io::Result<()> {
-        let locked = self.directory.lock(self.patience());
-        self.stuck = locked.as_ref().err().map(ToString::to_string);
-        let read = match &locked {
-            Ok(_) => self.directory.snapshot(),
-            Err(error) => Err(error.kind().into()),
-        };
-        let failure = match read {
-            Ok(snapshot) => {
-                let others = snapshot.records.iter().filter(|r| r.0 != self.name);
-                self.neighbours = neighbours(others.map(|(_, record)| record), now_ms);
-                self.heard_ms = Some(now_ms);
-                None
-            }
-            // What they told last is still a better guess than that there are none.
-            Err(error) => Some(error),
-        };
-        let own = decide(&self.neighbours);
-        plan(&mut self.record, own, now_ms);
-        // Before the lock goes, so that the next one sees it.
-        put(&self.file, &self.record)?;
-        failure.map_or(Ok(()), Err)
-    }
-}
-
-/// Puts what the governor plans into the record.
-fn plan(record: &mut Record, own: Own, now_ms: u64) {
-    let measures = &mut record.measures;
-    measures.claim = Some(own.claim);
-    measures.pending = Some(own.pending);
-    measures.told_at_ms = Some(now_ms);
-    record.written_at_ms = now_ms;
-}
-
 impl Drop for Ledger {
     fn drop(&mut self) {
         self.leave();
@@ -503,25 +419,6 @@ impl From<Refusal> for Refused {
             numbers: Some(Box::new(refusal.numbers().clone())),
         }
     }
-}
-
-/// The sums of what the others plan.
-fn neighbours<'a>(others: impl Iterator<Item = &'a Record>, now_ms: u64) -> Neighbours {
-    let mut neighbours = Neighbours::default();
-    for other in others.filter(|other| other.reservation != Reservation::default()) {
-        neighbours.vms = neighbours.vms.saturating_add(1);
-        let measures = &other.measures;
-        let told = measures.told_at_ms.unwrap_or_default();
-        if told.saturating_add(PLANS_LAST_MS) < now_ms {
-            // It has stopped deciding: it neither gives nor takes.
-            continue;
-        }
-        let claim = measures.claim.unwrap_or_default();
-        let pending = measures.pending.unwrap_or_default();
-        neighbours.claims = neighbours.claims.saturating_add(claim);
-        neighbours.pending = neighbours.pending.saturating_add(pending);
-    }
-    neighbours
 }
 
 fn put(file: &File, record: &Record) -> io::Result<()> {

@@ -103,7 +103,7 @@ pub fn read(path: &Path) -> Result<Overview, LedgerError> {
 /// The host without any VM.
 pub fn empty(limits: &Limits) -> Result<Overview, String> {
     let host = Host::default();
-    let ceilings = host.ceilings(&host.cgroup())?;
+    let ceilings = host.ceilings(&host.home(), std::iter::empty())?;
     let memory = ceilings.first().map_or(0, |host| host.bytes);
     let smallest = ceilings.iter().map(|ceiling| ceiling.bytes).min();
     let cgroup_memory = smallest.filter(|bytes| *bytes < memory);

@@ -14,6 +14,8 @@ use serde::{Serialize, Serializer};
 use thiserror::Error;
 use utoipa::ToSchema;
 
+use super::lineage::Lineage;
+
 /// Size of the file.
 pub const RECORD_BYTES: usize = 4096;
 const MAGIC: &str = "ballast-overcommit";
@@ -162,6 +164,9 @@ pub struct Record {
     pub api_socket: String,
     /// The process's cgroup, as it sees that itself.
     pub cgroup: String,
+    /// The same for programs, whatever they see.
+    #[serde(skip)]
+    pub lineage: Lineage,
     /// Milliseconds of the host's boot clock when this was written.
     pub written_at_ms: u64,
     /// Its share where memory is scarce, against the others'; at least 1.
@@ -200,6 +205,7 @@ impl Record {
         for (name, value) in texts {
             body.push_str(&format!("{name}={}\n", escape(value)));
         }
+        body.push_str(&format!("cgroup_ids={}\n", self.lineage.encode()));
         // That it always fits is tested; were it not to, the checksum would say so.
         let mut bytes = [b'\n'; RECORD_BYTES];
         let (header, rest) = bytes.split_at_mut(HEADER_BYTES);
@@ -243,6 +249,10 @@ impl Record {
             vm: word("vm"),
             api_socket: word("api_socket"),
             cgroup: word("cgroup"),
+            lineage: text
+                .value("cgroup_ids")
+                .map(Lineage::decode)
+                .unwrap_or_default(),
             written_at_ms: number("written_at_ms")?,
             weight: number("weight")?.max(1),
             reservation: Reservation {
@@ -321,6 +331,11 @@ mod tests {
             vm: "00112233-4455-6677-8899-aabbccddeeff".into(),
             api_socket: "/run/a b%41\n=x.sock".into(),
             cgroup: "/ballast.slice/vm-ü.scope".into(),
+            lineage: Lineage {
+                device: 38,
+                groups: vec![4711, 1],
+                whole: true,
+            },
             written_at_ms: 5,
             weight: 100,
             reservation: Reservation {
@@ -360,7 +375,10 @@ mod tests {
         let text = std::str::from_utf8(&bytes[HEADER_BYTES..]).unwrap();
         let old: String = text
             .lines()
-            .filter(|line| !line.starts_with("swap=") && !line.starts_with("huge_pages="))
+            .filter(|line| {
+                let new = ["swap=", "huge_pages=", "cgroup_ids="];
+                !new.iter().any(|name| line.starts_with(name))
+            })
             .map(|line| format!("{line}\n"))
             .collect();
         let mut body = old.into_bytes();
@@ -369,6 +387,7 @@ mod tests {
         let mut file = format!("{MAGIC} {VERSION} {sum:08x}\n").into_bytes();
         file.extend(body);
         record.measures.swap = None;
+        record.lineage = Lineage::default();
         assert_eq!(Record::decode(&file), Ok(record));
     }
 
@@ -382,6 +401,11 @@ mod tests {
             vm: long.clone(),
             api_socket: long.clone(),
             cgroup: long,
+            lineage: Lineage {
+                device: u64::MAX,
+                groups: vec![u64::MAX; 500],
+                whole: true,
+            },
             written_at_ms: u64::MAX,
             weight: u64::MAX,
             reservation: Reservation {
@@ -396,6 +420,7 @@ mod tests {
         assert_eq!(read.measures, largest.measures);
         assert_eq!(read.state, "\u{1}".repeat(TEXT_BYTES / 3));
         assert_eq!(read.reservation, largest.reservation);
+        assert!(read.lineage.groups.len() > 40);
     }
 
     #[test]

@@ -7,12 +7,13 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use tempfile::TempDir;
 use tokio::sync::broadcast;
 
+use super::planning::{PLANS_LAST_MS, RECENT_MS, neighbours};
 use super::*;
 use crate::event::Event;
-use crate::overcommit::governor;
 use crate::overcommit::reading::{
-    BalloonReading, GuestReading, HostReading, Limits as GuestLimits, Reading,
+    BalloonReading, GuestReading, HostReading, Limits as GuestLimits, Own, Reading,
 };
+use crate::overcommit::{Coordinator, governor};
 
 const MIB: u64 = 1 << 20;
 
@@ -379,10 +380,7 @@ fn what_is_set_aside_is_told_with_the_cgroup_that_it_was_admitted_in() {
     std::fs::create_dir_all(proc.join("self")).unwrap();
     std::fs::write(proc.join("meminfo"), "MemTotal: 4194304 kB\n").unwrap();
     std::fs::write(proc.join("self/cgroup"), "0::/moved/here\n").unwrap();
-    a.ledger.host = Host {
-        proc,
-        cgroups: host.path().join("cgroup"),
-    };
+    a.ledger.host = Host { proc };
     a.ledger.reserve(asked(MIB), 1).unwrap();
     assert_eq!(snapshot(&dir).records[0].1.cgroup, "/moved/here");
 }
