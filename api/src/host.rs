@@ -78,7 +78,7 @@ fn overcommit(ledger: Option<&Path>, as_json: bool) -> Result<String, String> {
         .map_err(|error| error.to_string())
 }
 
-const HEADINGS: [&str; 13] = [
+const HEADINGS: [&str; 15] = [
     "PID",
     "STATE",
     "PROMISED",
@@ -89,6 +89,8 @@ const HEADINGS: [&str; 13] = [
     "KSM",
     "IDLE",
     "BALLOON",
+    "DISKS",
+    "FREE",
     "WEIGHT",
     "AGE",
     "API",
@@ -109,7 +111,7 @@ fn table(overview: &Overview) -> String {
         let mut line = String::new();
         for (index, (cell, width)) in row.iter().zip(widths).enumerate() {
             // Words to the left, numbers to the right.
-            let words = matches!(index, 1 | 12);
+            let words = matches!(index, 1 | 14);
             // Writing to a string does not fail.
             let _ = if words {
                 write!(line, "{cell:width$}  ")
@@ -132,6 +134,10 @@ fn row(vm: &VmOverview) -> [String; HEADINGS.len()] {
         (Some(actual), Some(target)) => format!("{}/{}", mib(actual), mib(target)),
         _ => "-".to_owned(),
     };
+    let disks = match (measures.disk_allocated, measures.disk_virtual) {
+        (Some(allocated), Some(size)) => format!("{}/{}", mib(allocated), mib(size)),
+        _ => "-".to_owned(),
+    };
     let state = if record.state.is_empty() {
         "-"
     } else {
@@ -150,6 +156,8 @@ fn row(vm: &VmOverview) -> [String; HEADINGS.len()] {
             .map_or("-".to_owned(), |profit| signed_mib(profit.cast_signed())),
         known(measures.idle),
         balloon,
+        disks,
+        known(measures.disk_host_free),
         record.weight.to_string(),
         format!("{}s", vm.age_ms / 1000),
         printable(&record.api_socket),
@@ -181,6 +189,12 @@ fn summary(overview: &Overview) -> String {
         mib(totals.resident),
         mib(totals.swap),
         signed_mib(totals.ksm_profit),
+    );
+    text += &format!(
+        "disks of {} MiB take {} MiB of the host; they may come to take {} MiB more\n",
+        mib(totals.disk_virtual),
+        mib(totals.disk_allocated),
+        mib(totals.disk_unallocated),
     );
     if overview.stale_records > 0 {
         text += &format!(
@@ -249,6 +263,9 @@ mod tests {
                 resident: Some(290 * MIB),
                 swap: Some(0),
                 ksm_profit: Some((-4096_i64).cast_unsigned()),
+                disk_virtual: Some(10240 * MIB),
+                disk_allocated: Some(700 * MIB),
+                disk_host_free: Some(8000 * MIB),
                 ..Measures::default()
             },
             ..Record::default()
@@ -275,6 +292,9 @@ mod tests {
                 overcommit_ratio: 0.087,
                 swap: 33 * MIB,
                 ksm_profit: -(2 * MIB as i64),
+                disk_virtual: 10240 * MIB,
+                disk_allocated: 700 * MIB,
+                disk_unallocated: 9540 * MIB,
                 ..Totals::default()
             },
             vms: vms.to_vec(),
@@ -301,6 +321,8 @@ mod tests {
                 "-1",
                 "-",
                 "212/256",
+                "700/10240",
+                "8000",
                 "100",
                 "1s",
                 "/run/a?.sock"
@@ -308,10 +330,15 @@ mod tests {
         );
         assert_eq!(
             lines[2],
-            ["7", "-", "0", "0", "-", "-", "-", "-", "-", "-", "1", "1s"]
+            [
+                "7", "-", "0", "0", "-", "-", "-", "-", "-", "-", "-", "-", "1", "1s"
+            ]
         );
         assert!(text.contains("ratio 0.09 of at most 1.5"), "{text}");
         assert!(text.contains("33 MiB on swap; KSM saves -2 MiB"), "{text}");
+        let disks =
+            "disks of 10240 MiB take 700 MiB of the host; they may come to take 9540 MiB more";
+        assert!(text.contains(disks), "{text}");
         assert!(text.contains("2 records of processes that have died"));
         assert!(text.contains("vm-9: version 2"));
         assert!(!text.contains("no records"));

@@ -4,6 +4,7 @@
 //! number of requests. Every label has a bounded set of values: names of the program, numbers of
 //! vCPUs, and ids of the devices that there are.
 
+mod disks;
 mod page;
 mod vm;
 

@@ -278,6 +278,12 @@ fn the_host_command_shows_all_vms_and_changes_nothing() {
     let mut config = running.sleeper();
     config["overcommit"] = json!({"guaranteed_size": 16 * MIB, "weight": 250});
     config["balloon"] = json!({"size": 0});
+    let image = running.path("disk");
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(8 * MIB)
+        .unwrap();
+    config["disks"] = json!([{"path": image}]);
     config["platform"] = json!({"system_uuid": "00112233-4455-6677-8899-aabbccddeeff"});
     assert_eq!(boot(&mut running.api(), &config), 204);
     let idle = launch(dir.path()).start();
@@ -294,6 +300,11 @@ fn the_host_command_shows_all_vms_and_changes_nothing() {
         assert_eq!(vm["weight"], 250);
         assert_eq!(vm["actual"], 64 * MIB);
         assert_eq!(vm["balloon_target"], 0);
+        assert_eq!(vm["disk_virtual"], 8 * MIB);
+        assert!(vm["disk_allocated"].as_u64()? < MIB);
+        assert!(vm["disk_unallocated"].as_u64()? > 7 * MIB);
+        assert!(vm["disk_host_free"].as_u64()? > 0);
+        assert_eq!(shown["totals"]["disk_virtual"], 8 * MIB);
         assert_eq!(vm["vm"], "00112233-4455-6677-8899-aabbccddeeff");
         assert_eq!(vm["api_socket"], json!(running.socket()));
         assert!(vm["age_ms"].is_u64() && vm["start_time"].as_u64()? > 0);

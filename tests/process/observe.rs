@@ -105,6 +105,70 @@ fn balloons_that_were_plugged_are_in_the_view() {
 }
 
 #[test]
+fn disks_are_in_the_view_and_in_the_metrics_with_what_they_may_yet_take() {
+    let ballast = Ballast::start();
+    let mut client = ballast.api();
+    let empty = boot(&ballast, &mut client, &json!({}));
+    assert_eq!(bytes(&empty, "/disks/count"), 0);
+    let disk = |name: &str, size: u64, more: Value| {
+        let path = ballast.path(name);
+        let file = fs::File::create(&path).expect("an image");
+        file.set_len(size).expect("its size");
+        let mut disk = json!({"path": path, "id": name});
+        for (name, value) in more.as_object().expect("an object") {
+            disk[name] = value.clone();
+        }
+        disk
+    };
+    client.put_json("vm.add-disk", &disk("a", 8 * MIB, json!({})));
+    client.put_json(
+        "vm.add-disk",
+        &disk("b", 4 * MIB, json!({"readonly": true})),
+    );
+    let thin = json!({"path": ballast.path("c"), "image_type": "Qcow2", "size": 1 << 30});
+    client.put_json("vm.create-disk", &thin);
+    let thin = json!({"path": ballast.path("c"), "image_type": "Qcow2", "id": "c",
+        "l2_cache_size": 8 * MIB});
+    client.put_json("vm.add-disk", &thin);
+    let view = client.get("vm.overcommit");
+    assert_eq!(bytes(&view, "/disks/count"), 3);
+    assert_eq!(bytes(&view, "/disks/virtual_size"), 1024 * MIB + 12 * MIB);
+    let info = client.get("vm.disk-info?id=c");
+    let allocated = bytes(&view, "/disks/allocated_size");
+    assert!(allocated < 32 * MIB, "{view}");
+    let unallocated = bytes(&view, "/disks/unallocated_size");
+    assert!((1000 * MIB..=1032 * MIB).contains(&unallocated), "{view}");
+    assert_eq!(bytes(&view, "/disks/block_device_size"), 0);
+    // They all lie in one folder.
+    let systems = view["disks"]["file_systems"].as_array().expect("a list");
+    assert_eq!(systems.len(), 1, "{view}");
+    assert_eq!(systems[0]["disks"], json!(["a", "b", "c"]));
+    assert_eq!(systems[0]["host_free"], view["disks"]["host_free"]);
+    assert_eq!(systems[0]["host_total"], info["host_total"]);
+    let config = client.get("vm.info")["config"]["disks"].clone();
+    assert_eq!(config[2]["l2_cache_size"], 8 * MIB);
+
+    let page = scrape(&mut client, "/metrics");
+    let value = |name: &str, device: Option<&str>| {
+        let found = page.samples.iter().find(|sample| {
+            sample.metric == name && device.is_none_or(|d| sample.labels.get("device") == Some(d))
+        });
+        match found.unwrap_or_else(|| panic!("no {name}")).value {
+            Metric::Gauge(value) | Metric::Counter(value) => value as u64,
+            ref other => panic!("{name}: {other:?}"),
+        }
+    };
+    assert_eq!(value("ballast_disks_virtual_bytes", None), 1036 * MIB);
+    assert_eq!(value("ballast_disk_virtual_bytes", Some("b")), 4 * MIB);
+    assert!(value("ballast_disk_allocated_bytes", Some("c")) > 0);
+    assert!(value("ballast_disk_host_free_bytes", Some("a")) > 0);
+    assert_eq!(value("ballast_disk_held_requests", Some("a")), 0);
+    assert_eq!(value("ballast_disk_cache_lookups_total", Some("c")), 0);
+    client.put("vm.shutdown");
+    assert_eq!(bytes(&client.get("vm.overcommit"), "/disks/count"), 0);
+}
+
+#[test]
 fn only_private_memory_of_ordinary_pages_can_be_mergeable() {
     let ballast = Ballast::start();
     let mut client = ballast.api();

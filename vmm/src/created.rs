@@ -21,14 +21,13 @@ use crate::device_manager::Removed;
 use crate::error::Error;
 use crate::overcommit::cost::SharedRam;
 use crate::overcommit::cpu::{self, CpuLimits};
-use crate::overcommit::ledger::Measures;
-use crate::overcommit::view::{Observer, Subject, View};
 use crate::state::State;
-use crate::status::{Observation, PciDeviceInfo, VmCounters, VmInfo};
+use crate::status::{PciDeviceInfo, VmInfo};
 use crate::vcpu::placement;
 use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 use crate::{cpuid, memory};
 
+mod observe;
 mod policy;
 mod snapshot;
 
@@ -121,39 +120,6 @@ impl Created {
     /// The configuration as it is now.
     pub fn config(&self) -> &VmConfig {
         &self.config
-    }
-
-    /// What the other VMs on the host are told of this one.
-    pub fn measures(&self, observer: &mut Observer) -> Measures {
-        let mut measures = Measures {
-            actual: self.running.as_ref().map(|_| self.memory_actual_bytes()),
-            ..Measures::default()
-        };
-        if let Ok(cost) = observer.cost(self.shared_ram()) {
-            measures.resident = Some(cost.resident);
-            measures.swap = cost.swap;
-        }
-        let profit = observer.ksm().net_profit;
-        measures.ksm_profit = profit.map(i64::cast_unsigned);
-        let balloons = self.running.iter().flat_map(|vm| vm.devices.balloons());
-        for (id, balloon) in balloons {
-            let info = balloon.viewer().info(id);
-            let add = |sum: &mut Option<u64>, more: u64| {
-                *sum = Some(sum.unwrap_or_default().saturating_add(more));
-            };
-            add(&mut measures.balloon_target, info.target);
-            add(&mut measures.balloon_actual, info.actual);
-            add(&mut measures.balloon_given, info.given);
-            add(&mut measures.reported_free, info.reported_free);
-            // Whoever of them told last: it is one guest.
-            if let Some(sample) = info.statistics.get("available_memory")
-                && measures.idle_age_ms.is_none_or(|age| sample.age_ms < age)
-            {
-                measures.idle = Some(sample.value);
-                measures.idle_age_ms = Some(sample.age_ms);
-            }
-        }
-        measures
     }
 
     /// RAM, less what the guest says it has given; its word, so that it may be nonsense.
@@ -382,31 +348,6 @@ impl Created {
             self.config.remove(&device.id);
         }
         removed
-    }
-
-    /// Where the memory is.
-    pub fn overcommit(&self, observer: &mut Observer) -> View {
-        let vm = self.running.as_ref();
-        let balloons = vm.map(|vm| vm.devices.balloon_infos()).unwrap_or_default();
-        let threads = vm.map(|vm| vm.vcpus.thread_ids()).unwrap_or_default();
-        observer.view(&Subject {
-            config: &self.config,
-            balloons: &balloons,
-            vcpu_threads: &threads,
-            shared_ram: self.shared_ram(),
-        })
-    }
-
-    /// What there is to count but the devices' totals, without asking the guest.
-    pub fn observe(&self, observer: &mut Observer) -> Observation {
-        let vm = self.running.as_ref();
-        Observation {
-            state: self.state(),
-            view: self.overcommit(observer),
-            balloons: vm.map(|vm| vm.devices.balloon_infos()).unwrap_or_default(),
-            counters: VmCounters::new(),
-            exits: vm.map(|vm| vm.vcpus.exits()).unwrap_or_default(),
-        }
     }
 
     /// What the machine's RAM takes, where it is shared.

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use devices::balloon::{BalloonInfo, GuestStatistics};
+use devices::block::DiskReading;
 use devices::pci::BarInfo;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -103,6 +104,8 @@ pub struct Observation {
     pub view: View,
     /// Where its balloons stand.
     pub balloons: Vec<BalloonInfo>,
+    /// What its disks take and hold; how old that is, the view says.
+    pub disks: Vec<DiskReading>,
     /// Running totals of its devices.
     pub counters: VmCounters,
     /// How often each vCPU has left the guest, by what it was for.

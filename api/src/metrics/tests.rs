@@ -1,10 +1,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ::devices::balloon::{Inhibited, Sample as Told, State as BalloonState};
+use ::devices::block::DiskReading;
+use ::devices::disk::space::{FileSpace, FileSystemSpace, Place};
 use ::vmm::config::OvercommitMode;
 use ::vmm::overcommit::cost::{Cost, Source};
 use ::vmm::overcommit::ksm::KsmGain;
 use ::vmm::overcommit::pressure::{Pressure, Stall};
+use ::vmm::overcommit::storage::DiskTotals;
 use ::vmm::overcommit::view::{
     BalloonTotals, Governor, HugePages, PressureReading, Resources, VcpuTime, View,
 };
@@ -19,6 +22,37 @@ fn stall(total_us: u64) -> Stall {
         total_us,
         ..Stall::default()
     }
+}
+
+/// One in a file and one on a block device.
+fn disks() -> Vec<DiskReading> {
+    let thin = DiskReading {
+        id: "_disk0".to_owned(),
+        writable: true,
+        virtual_bytes: 4096,
+        place: Ok(Some(Place {
+            device: 1,
+            inode: 2,
+            file: FileSpace {
+                length: 2048,
+                allocated: 512,
+            },
+            system: Some(FileSystemSpace {
+                free: 1024,
+                total: 9000,
+            }),
+        })),
+        held_requests: 3,
+        held_bytes: 12288,
+        cache: Some((7, 10)),
+    };
+    let device = DiskReading {
+        id: "lv".to_owned(),
+        place: Ok(None),
+        cache: None,
+        ..thin.clone()
+    };
+    vec![thin, device]
 }
 
 fn observation() -> Observation {
@@ -86,6 +120,15 @@ fn observation() -> Observation {
             }),
             cost_unavailable: None,
             balloons: BalloonTotals::default(),
+            disks: DiskTotals {
+                count: 2,
+                virtual_size: 4096,
+                allocated_size: 512,
+                unallocated_size: 3584,
+                host_free: 1024,
+                age_ms: 2500,
+                ..DiskTotals::default()
+            },
             ksm: KsmGain {
                 merged_pages: Some(5),
                 net_profit: Some(-64),
@@ -111,6 +154,7 @@ fn observation() -> Observation {
             },
         },
         balloons: vec![balloon],
+        disks: disks(),
         counters: [(
             "_disk0".to_owned(),
             BTreeMap::from([
@@ -252,6 +296,36 @@ fn an_independent_parser_reads_what_was_counted() {
             &[],
             Value::Gauge(1.5),
         ),
+        ("ballast_disks_virtual_bytes", &[], Value::Gauge(4096.0)),
+        ("ballast_disks_allocated_bytes", &[], Value::Gauge(512.0)),
+        ("ballast_disks_unallocated_bytes", &[], Value::Gauge(3584.0)),
+        ("ballast_disks_host_free_bytes", &[], Value::Gauge(1024.0)),
+        ("ballast_disks_age_seconds", &[], Value::Gauge(2.5)),
+        (
+            "ballast_disk_virtual_bytes",
+            &[("device", "lv")],
+            Value::Gauge(4096.0),
+        ),
+        ("ballast_disk_allocated_bytes", &[], Value::Gauge(512.0)),
+        ("ballast_disk_file_bytes", &[], Value::Gauge(2048.0)),
+        ("ballast_disk_host_free_bytes", &[], Value::Gauge(1024.0)),
+        ("ballast_disk_host_total_bytes", &[], Value::Gauge(9000.0)),
+        (
+            "ballast_disk_held_requests",
+            &[("device", "_disk0")],
+            Value::Gauge(3.0),
+        ),
+        (
+            "ballast_disk_held_bytes",
+            &[("device", "_disk0")],
+            Value::Gauge(12288.0),
+        ),
+        (
+            "ballast_disk_cache_lookups_total",
+            &[],
+            Value::Counter(10.0),
+        ),
+        ("ballast_disk_cache_misses_total", &[], Value::Counter(3.0)),
         (
             "ballast_device_counter_total",
             &[("device", "_disk0"), ("counter", "read_bytes")],
@@ -303,6 +377,10 @@ fn what_is_not_known_is_not_there() {
     let text = page(None);
     assert_eq!(value(&text, "ballast_vm_exists", &[]), Value::Gauge(0.0));
     assert!(!text.contains("ballast_memory"));
+    let mut without = observation();
+    without.view.disks = DiskTotals::default();
+    without.disks.clear();
+    assert!(!page(Some(without)).contains("ballast_disk"));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use vmm::overcommit::view::{Governor, Resources, View};
 use vmm::state::State;
 use vmm::status::{Observation, VmCounters};
 
+use super::disks;
 use super::page::{Kind, Page, Sample};
 
 /// Adds all there is to say of a VM.
@@ -32,6 +33,7 @@ pub(super) fn add(page: &mut Page, observation: &Observation) {
     vcpus(page, observation);
     pressure(page, view);
     balloons(page, &observation.balloons);
+    disks::add(page, observation);
     devices(page, &observation.counters);
 }
 

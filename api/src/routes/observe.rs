@@ -20,8 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Show where the memory is
 ///
 /// What the VM was promised and guaranteed, what it truly costs the host and where that was read,
-/// what balloons, page reporting and merging give back, how long vCPUs waited for a CPU, and the
-/// pressure on the host. Everything is read when asked and has its age; what this host does not
+/// what balloons, page reporting and merging give back, what its disks take and may yet take of the
+/// host's file systems, how long vCPUs waited for a CPU, and the pressure on the host. Everything is read when asked and has its age; what this host does not
 /// tell is absent, and a text says why.
 #[utoipa::path(
     get, path = "/vm.overcommit", operation_id = "getOvercommit", tag = "overcommit",
@@ -38,6 +38,16 @@ const PATIENCE: Duration = Duration::from_secs(2);
             "balloons": {
                 "count": 1, "target": 268435456, "actual": 268435456, "given": 268435456, "inflated": 268435456,
                 "deflated": 0, "reported_free": 12582912, "age_ms": 0
+            },
+            "disks": {
+                "count": 2, "virtual_size": 107374182400_u64, "allocated_size": 21474836480_u64,
+                "unallocated_size": 85899345920_u64, "block_device_size": 1073741824,
+                "host_free": 64424509440_u64,
+                "file_systems": [{
+                    "disks": ["_disk0"], "unallocated_size": 85899345920_u64,
+                    "host_free": 64424509440_u64, "host_total": 214748364800_u64
+                }],
+                "age_ms": 0
             },
             "ksm": {
                 "mergeable": true, "merged_pages": 500, "zero_pages": 10, "rmap_items": 1000,

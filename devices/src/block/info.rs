@@ -53,6 +53,25 @@ pub struct DiskInfo {
     pub held_bytes: u64,
 }
 
+/// What a disk takes of the host and holds, for who watches all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskReading {
+    /// The disk's id.
+    pub id: String,
+    /// Whether the guest may write to it, so that its image may grow.
+    pub writable: bool,
+    /// Bytes of the disk the guest sees.
+    pub virtual_bytes: u64,
+    /// Its image's file; `None` for a block device, an error where the host failed.
+    pub place: Result<Option<space::Place>, String>,
+    /// Writes that are held because the host has no space for them.
+    pub held_requests: u64,
+    /// Bytes of these.
+    pub held_bytes: u64,
+    /// Look-ups of where data is: those that the cache could answer, and all.
+    pub cache: Option<(u64, u64)>,
+}
+
 /// An image on which another lies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Backing {
@@ -104,6 +123,23 @@ impl Block {
             held_requests,
             held_bytes,
         })
+    }
+
+    /// What it takes and holds: two system calls, which a file system that hangs can hold up. Called
+    /// on the VMM thread.
+    pub fn reading(&self, id: &str) -> DiskReading {
+        let Opened { config, image } = &*self.opened();
+        let (held_requests, held_bytes) = self.hold.held();
+        let place = space::place(&image.host_file());
+        DiskReading {
+            id: id.to_owned(),
+            writable: !config.readonly,
+            virtual_bytes: image.size_bytes(),
+            place: place.map_err(|error| format!("looking at the image of {id}: {error}")),
+            held_requests,
+            held_bytes,
+            cache: image.info().ok().and_then(|info| info.cache),
+        }
     }
 
     /// What the image takes, and what its file system has.

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 
 use crate::allow;
@@ -34,6 +34,19 @@ pub struct FileSystemSpace {
     pub total: u64,
 }
 
+/// Where a regular file is, and what there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which file system, as `stat` names it.
+    pub device: u64,
+    /// Which file of it.
+    pub inode: u64,
+    /// What it takes.
+    pub file: FileSpace,
+    /// What its file system has; `None` where that does not say.
+    pub system: Option<FileSystemSpace>,
+}
+
 /// Whether an error says that the host has no space, or no more for us.
 pub fn is_no_space(error: Errno) -> bool {
     [Errno::NOSPC, Errno::DQUOT].contains(&error)
@@ -42,31 +55,44 @@ pub fn is_no_space(error: Errno) -> bool {
 /// What the file takes; `None` for a block device, which is there as a whole.
 pub fn of_file(file: &File) -> io::Result<Option<FileSpace>> {
     let stat = rustix::fs::fstat(file)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Ok(None);
-    }
-    Ok(Some(FileSpace {
-        length: u64::try_from(stat.st_size).unwrap_or(0),
-        allocated: u64::try_from(stat.st_blocks)
-            .unwrap_or(0)
-            .saturating_mul(512),
-    }))
+    Ok(space_of(&stat))
 }
 
 /// What the file system of a regular file has; `None` for a block device, and where the file
 /// system does not say.
 pub fn of_file_system(file: &File) -> io::Result<Option<FileSystemSpace>> {
-    if of_file(file)?.is_none() {
+    Ok(place(file)?.and_then(|place| place.system))
+}
+
+/// Both, and where the file is; `None` for a block device.
+pub fn place(file: &File) -> io::Result<Option<Place>> {
+    let stat = rustix::fs::fstat(file)?;
+    let Some(space) = space_of(&stat) else {
         return Ok(None);
-    }
+    };
     let found = rustix::fs::fstatvfs(file)?;
     let used = found.f_blocks.saturating_sub(found.f_bfree);
     let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
-    let space = FileSystemSpace {
+    let system = FileSystemSpace {
         free: bytes(found.f_bavail),
         total: bytes(used.saturating_add(found.f_bavail)),
     };
-    Ok((space.total > 0).then_some(space))
+    Ok(Some(Place {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+        file: space,
+        system: (system.total > 0).then_some(system),
+    }))
+}
+
+fn space_of(stat: &Stat) -> Option<FileSpace> {
+    let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    regular.then(|| FileSpace {
+        length: u64::try_from(stat.st_size).unwrap_or(0),
+        allocated: u64::try_from(stat.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512),
+    })
 }
 
 #[cfg(test)]

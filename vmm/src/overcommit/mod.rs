@@ -1,5 +1,5 @@
 //! Memory overcommit inside one VM: who decides how large its balloon is, and from what;
-//! and what the VM truly costs.
+//! and what the VM truly costs, on disks too.
 //!
 //! What is read comes from files of the kernel under /proc, /sys and the cgroup, which differ from
 //! kernel to kernel: a file or line that is not there is told as such and never counted as 0.
@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod pressure;
 pub mod psi;
 pub mod reading;
+pub mod storage;
 pub mod triggers;
 pub mod view;
 

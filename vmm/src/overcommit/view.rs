@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use devices::balloon::BalloonInfo;
+use devices::block::DiskReading;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -16,6 +17,7 @@ use super::files;
 use super::ksm::KsmGain;
 use super::pressure::{self, Pressure};
 use super::reading::CpuTime;
+use super::storage::{self, DiskTotals, Seen};
 use crate::config::{OvercommitMode, VmConfig};
 
 /// `vm.overcommit`. Ages are the milliseconds since something was read.
@@ -40,6 +42,8 @@ pub struct View {
     pub cost_unavailable: Option<String>,
     /// All balloons together.
     pub balloons: BalloonTotals,
+    /// All disks together: what was promised, and what the host has for it.
+    pub disks: DiskTotals,
     /// What merging equal pages gains.
     pub ksm: KsmGain,
     /// Transparent huge pages of private memory.
@@ -167,6 +171,8 @@ pub struct Subject<'a> {
     pub config: &'a VmConfig,
     /// Where its balloons stand.
     pub balloons: &'a [BalloonInfo],
+    /// What its disks take.
+    pub disks: &'a Seen,
     /// The threads of its vCPUs.
     pub vcpu_threads: &'a [u32],
     /// Its memory, where that is shared.
@@ -180,6 +186,7 @@ pub struct Observer {
     pressure: PathBuf,
     pid: u32,
     cost: Cached,
+    disks: storage::Cached,
 }
 
 impl Default for Observer {
@@ -192,6 +199,7 @@ impl Default for Observer {
                 .get()
                 .unsigned_abs(),
             cost: Cached::default(),
+            disks: storage::Cached::default(),
         }
     }
 }
@@ -226,6 +234,12 @@ impl Observer {
         KsmGain::read(&self.process)
     }
 
+    /// What the disks take; `read` looks at all of them.
+    pub fn disks(&mut self, read: impl FnOnce() -> Vec<DiskReading>) -> Seen {
+        let now = Instant::now();
+        self.disks.get(now, || (read(), now.elapsed()))
+    }
+
     fn cost_in(
         &mut self,
         cgroup: &Result<Cgroup, String>,
@@ -238,6 +252,7 @@ impl Observer {
     /// Forgets what it has kept: the VM is not what it was.
     pub fn forget(&mut self) {
         self.cost.clear();
+        self.disks.clear();
     }
 
     /// Everything, now.
@@ -285,6 +300,7 @@ impl Observer {
             },
             cost,
             cost_unavailable,
+            disks: DiskTotals::of(subject.disks),
             ksm: KsmGain {
                 mergeable: memory.mergeable,
                 age_ms: ksm.age_ms(),

@@ -57,6 +57,12 @@ pub struct Totals {
     pub swap: u64,
     /// What KSM saves, less what that costs, of those that know; below 0 where it costs more.
     pub ksm_profit: i64,
+    /// Bytes of disks whose images are files, as the guests see them.
+    pub disk_virtual: u64,
+    /// Bytes that the host keeps for these files. Those that several VMs read count for each.
+    pub disk_allocated: u64,
+    /// Bytes that they may yet come to take.
+    pub disk_unallocated: u64,
     /// What more could be guaranteed.
     pub free_for_guarantees: u64,
     /// Promised for each byte of memory.
@@ -133,6 +139,15 @@ impl Overview {
             (&mut totals.actual, vm.record.measures.actual),
             (&mut totals.resident, vm.record.measures.resident),
             (&mut totals.swap, vm.record.measures.swap),
+            (&mut totals.disk_virtual, vm.record.measures.disk_virtual),
+            (
+                &mut totals.disk_allocated,
+                vm.record.measures.disk_allocated,
+            ),
+            (
+                &mut totals.disk_unallocated,
+                vm.record.measures.disk_unallocated,
+            ),
         ] {
             *total = total.saturating_add(more.unwrap_or_default());
         }

@@ -102,6 +102,14 @@ numbers! {
         #[serde(serialize_with = "signed")]
         #[schema(value_type = Option<i64>)]
         ksm_profit,
+        /// Bytes of its disks whose images are files, as the guest sees them.
+        disk_virtual,
+        /// Bytes that the host keeps for these files.
+        disk_allocated,
+        /// Bytes that they may yet come to take.
+        disk_unallocated,
+        /// Bytes for the taking on their file systems, which other VMs may use too.
+        disk_host_free,
         /// Its claim to give of what the host needs: idle memory by weight.
         claim,
         /// Bytes given back to the guest lately, which it may be about to touch.

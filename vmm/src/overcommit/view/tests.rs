@@ -54,6 +54,7 @@ impl Host {
                 pressure: root.join("pressure"),
                 pid: 100,
                 cost: Cached::default(),
+                disks: storage::Cached::default(),
             },
             directory,
         };
@@ -76,6 +77,7 @@ impl Host {
         self.observer.view(&Subject {
             config,
             balloons,
+            disks: &Seen::default(),
             vcpu_threads: threads,
             shared_ram: SharedRam::default(),
         })
@@ -215,6 +217,7 @@ fn the_process_that_we_are_is_seen() {
     let view = observer.view(&Subject {
         config: &config,
         balloons: &[],
+        disks: &Seen::default(),
         vcpu_threads: &[thread],
         shared_ram: SharedRam::default(),
     });
