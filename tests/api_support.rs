@@ -19,6 +19,7 @@ use vmm::command::{Command, Endpoint, Message, channel};
 use vmm::config::VmConfig;
 use vmm::event::Events;
 use vmm::overcommit::cost::SharedRam;
+use vmm::overcommit::storage::Seen;
 use vmm::overcommit::view::{Observer, Subject, View};
 use vmm::state::{State, Verb, check};
 use vmm::status::{BalloonStats, Observation, PciDeviceInfo, VmCounters, VmInfo};
@@ -150,6 +151,7 @@ impl FakeVmm {
                     state,
                     view,
                     balloons: Vec::new(),
+                    disks: Vec::new(),
                     counters: VmCounters::new(),
                     exits: Vec::new(),
                 });
@@ -163,6 +165,7 @@ impl FakeVmm {
         let subject = Subject {
             config: &self.vm.as_ref()?.0,
             balloons: &[],
+            disks: &Seen::default(),
             vcpu_threads: &[],
             shared_ram: SharedRam::default(),
         };
