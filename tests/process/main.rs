@@ -16,6 +16,7 @@ mod bad_requests;
 mod cpu;
 mod create_disk;
 mod full_disk;
+mod governor;
 mod hostile_clients;
 mod ledger;
 mod ledger_bad;

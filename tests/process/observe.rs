@@ -183,7 +183,7 @@ fn only_private_memory_of_ordinary_pages_can_be_mergeable() {
 }
 
 /// Scrapes `path`, and has it read by a parser that is not the encoder's.
-fn scrape(client: &mut Client, path: &str) -> Scrape {
+pub(super) fn scrape(client: &mut Client, path: &str) -> Scrape {
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
     client.send(request.as_bytes()).expect("send");
     let answer = client.receive().expect("an answer").expect(200);
@@ -202,7 +202,7 @@ fn scrape(client: &mut Client, path: &str) -> Scrape {
 }
 
 #[track_caller]
-fn metric(scrape: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
+pub(super) fn metric(scrape: &Scrape, name: &str, labels: &[(&str, &str)]) -> f64 {
     let mut found = scrape.samples.iter().filter(|sample| {
         let fits = |(name, value): &(&str, &str)| sample.labels.get(name) == Some(*value);
         sample.metric == name && labels.iter().all(fits)

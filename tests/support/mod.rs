@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 pub mod agent;
 pub mod artifacts;
 pub mod ballast;
+pub mod balloon_guest;
 pub mod events;
 pub mod http;
 pub mod payload;

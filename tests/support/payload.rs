@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 pub const GREETING: &str = "!";
 
 /// Where the code goes, and starts.
-const ENTRY: u32 = 0x10_0000;
+pub(super) const ENTRY: u32 = 0x10_0000;
 const CODE_OFFSET: u64 = 0x1000;
 const NOTE_OFFSET: u64 = 0x200;
 
@@ -154,7 +154,7 @@ pub fn disk_writer(folder: &Path, chunks: usize) -> PathBuf {
     write(folder, "writer", &image)
 }
 
-fn write(folder: &Path, name: &str, code: &[u8]) -> PathBuf {
+pub(super) fn write(folder: &Path, name: &str, code: &[u8]) -> PathBuf {
     let path = folder.join(name);
     fs::write(&path, elf(code)).expect("write the payload");
     path
