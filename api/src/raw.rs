@@ -3,7 +3,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "taking over an inherited descriptor, sigwaitinfo(2), and AsyncFd::register"
+    reason = "taking over an inherited descriptor, sigwaitinfo(2), sigtimedwait(2), and AsyncFd::register"
 )]
 
 use std::fs::File;
@@ -61,6 +61,18 @@ impl BlockedSignals {
         } else {
             Err(io::Error::from_raw_os_error(error))
         }
+    }
+
+    /// Whether one of the signals has come; takes it. Does not wait.
+    pub fn is_pending(&self) -> bool {
+        let now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: set and time are initialized; details about the signal are not asked for.
+        let signal =
+            unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), &raw const now) };
+        signal > 0
     }
 
     /// Waits for one of the signals and takes it; one `rt_sigtimedwait` system call.
@@ -135,6 +147,10 @@ mod tests {
     #[test]
     fn a_blocked_signal_is_waited_for() {
         let signals = BlockedSignals::block(&[libc::SIGUSR1]).unwrap();
+        assert!(!signals.is_pending());
+        // SAFETY: the signal goes to this thread, which has blocked it.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        assert!(signals.is_pending() && !signals.is_pending());
         // SAFETY: the signal goes to this thread, which has blocked it.
         unsafe { libc::raise(libc::SIGUSR1) };
         assert_eq!(signals.wait().unwrap(), libc::SIGUSR1);

@@ -5,6 +5,7 @@
 mod answers;
 mod bad_input;
 mod differential;
+mod preallocation;
 mod shell;
 mod tools;
 mod whole;

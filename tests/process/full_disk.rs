@@ -108,7 +108,7 @@ impl Drop for Full {
     }
 }
 
-fn mount(arguments: &[&str], folder: &std::path::Path) -> bool {
+pub fn mount(arguments: &[&str], folder: &std::path::Path) -> bool {
     let status = Command::new("mount").args(arguments).arg(folder).status();
     status.is_ok_and(|status| status.success())
 }

@@ -73,6 +73,9 @@ pub struct Create {
     /// Say nothing
     #[arg(short)]
     pub quiet: bool,
+    /// Show how far it is
+    #[arg(short)]
+    pub progress: bool,
     /// The format to be made, raw or qcow2
     #[arg(short, value_name = "FORMAT", value_parser = format)]
     pub format: Format,

@@ -4,9 +4,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use devices::config::BuildError;
 use devices::disk::commit::commit as write_down;
 use devices::disk::copy;
-use devices::disk::qcow2::create::{CreateOptions, NewBacking, Preallocation, create as make};
+use devices::disk::qcow2::create::{
+    CreateOptions, NewBacking, Preallocation, Watch, create_watched as make,
+};
 use devices::disk::qcow2::extents::{Extent, Extents};
 use devices::disk::qcow2::info::info as look;
 
@@ -14,6 +17,7 @@ use super::DiskError;
 use super::arguments::{Commit, Convert, Create, Info, Map, Output, format};
 use super::number::parse_size;
 use super::print::{self, Progress, json};
+use super::sandbox::interrupted;
 
 /// Makes an image.
 pub fn create(options: &Create, out: &mut dyn Write) -> Result<ExitCode, DiskError> {
@@ -27,12 +31,34 @@ pub fn create(options: &Create, out: &mut dyn Write) -> Result<ExitCode, DiskErr
         set(&mut new, &mut backing, name, value)?;
     }
     new.backing = backing.complete()?;
-    let size = make(&new)?;
+    let size = with_progress(options.progress, &options.path, |watch| make(&new, watch))?;
     if !options.quiet {
         let (path, format) = (options.path.display(), options.format.name());
         writeln!(out, "Formatting '{path}', fmt={format} size={size}")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Does what can be long: shows how far it is if that is `wanted`, and ends it, with nothing left
+/// of the file, when the user presses Ctrl-C.
+fn with_progress<T>(
+    wanted: bool,
+    path: &Path,
+    what: impl FnOnce(&mut Watch<'_>) -> Result<T, BuildError>,
+) -> Result<T, BuildError> {
+    let mut progress = Progress::new(wanted);
+    let result = what(&mut |done, total| {
+        progress.show(done, total);
+        match interrupted() {
+            false => Ok(()),
+            true => Err(BuildError::host(
+                format!("making {}", path.display()),
+                std::io::Error::other("given up, as was asked for"),
+            )),
+        }
+    });
+    progress.end();
+    result
 }
 
 /// What is said of the backing file, in whatever order.
@@ -99,7 +125,8 @@ fn set(
                 "off" => Preallocation::Off,
                 "metadata" => Preallocation::Metadata,
                 "falloc" => Preallocation::Falloc,
-                _ => return Err(wrong("off, metadata or falloc")),
+                "full" => Preallocation::Full,
+                _ => return Err(wrong("off, metadata, falloc or full")),
             };
         }
         "backing_file" => backing.name = Some(value.into()),

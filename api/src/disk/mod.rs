@@ -44,6 +44,12 @@ pub enum DiskError {
 
 /// Does what was asked for. The process ends afterwards.
 pub fn run(command: &DiskCommand) -> ExitCode {
+    if matches!(command, DiskCommand::Create(_))
+        && let Err(error) = sandbox::hold_signals()
+    {
+        eprintln!("ballast disk: {error}");
+        return ExitCode::FAILURE;
+    }
     if let Err(error) = sandbox::enter(matches!(command, DiskCommand::Io(_))) {
         eprintln!("ballast disk: {error}");
         return ExitCode::FAILURE;

@@ -1,7 +1,9 @@
 //! What a process that works on images may do.
 
+use std::sync::OnceLock;
 use std::time::Instant;
 
+use crate::raw::BlockedSignals;
 use devices::allow;
 use devices::disk::QUEUES;
 use devices::sandbox::violation::report_violations;
@@ -44,6 +46,7 @@ const FILES: &[Allow] = &[
     allow!(readlinkat),
     allow!(readv),
     allow!(renameat2),
+    allow!(rt_sigtimedwait),
     allow!(stat),
     allow!(statx),
     allow!(unlink),
@@ -59,6 +62,22 @@ const SIGNALS: &[Allow] = &[
 
 const BLKSSZGET: u32 = 0x1268;
 const BLKPBSZGET: u32 = 0x127b;
+
+/// Signals that end a long operation, which cleans up then.
+static GIVE_UP: OnceLock<BlockedSignals> = OnceLock::new();
+
+/// Has SIGINT and SIGTERM wait until [`interrupted`] asks for them. For commands that make files and
+/// ask often.
+pub fn hold_signals() -> std::io::Result<()> {
+    let signals = BlockedSignals::block(&[libc::SIGINT, libc::SIGTERM])?;
+    let _ = GIVE_UP.set(signals);
+    Ok(())
+}
+
+/// Whether the user wants it to end.
+pub fn interrupted() -> bool {
+    GIVE_UP.get().is_some_and(BlockedSignals::is_pending)
+}
 
 /// Confines the process, which has one thread, for the rest of its life.
 ///

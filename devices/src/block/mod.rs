@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use crate::disk::qcow2::create::Preallocation;
 pub use config::{DetectZeroes, DiskConfig, ImageType, LockGranularity, OnEnospc};
 pub use info::{Backing, DiskInfo, DiskReading};
 pub use new_disk::{NewDiskConfig, SYSCALLS as CREATE_SYSCALLS};

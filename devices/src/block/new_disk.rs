@@ -1,6 +1,7 @@
 //! Making an image for a disk that is to be added.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -9,18 +10,26 @@ use super::ImageType;
 use crate::allow;
 use crate::config::{BuildError, Invalid};
 use crate::disk::Format;
-use crate::disk::qcow2::create::{CreateOptions, NewBacking, create_nameless};
-use crate::sandbox::Allow;
+use crate::disk::qcow2::create::{CreateOptions, NewBacking, Preallocation, create_nameless};
+use crate::sandbox::{Allow, Test};
 
 /// What making an image takes beside opening one. A file can come into being only without a name,
 /// and be given one that nothing has: no file of the host can be replaced this way.
 pub const SYSCALLS: &[Allow] = &[
+    allow!(fallocate, 1 => Test::Is(0)),
+    allow!(fdatasync),
     allow!(fsync),
     allow!(ftruncate),
     allow!(linkat),
     allow!(pread64),
     allow!(pwrite64),
 ];
+
+/// The most bytes that are written for an image: the VMM thread waits until they are on the host's
+/// disk.
+const MOST_BYTES: u64 = 256 << 20;
+/// The longest that the VMM thread goes on making an image.
+const LONGEST: Duration = Duration::from_secs(5);
 
 /// A new, empty disk image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -48,6 +57,11 @@ pub struct NewDiskConfig {
     /// Refcounts may lag behind what is written, and are mended after a crash.
     #[serde(default)]
     pub lazy_refcounts: bool,
+    /// How much of it is allocated at once. Over a backing file it needs `extended_l2`. Refused is
+    /// what would write more than 256 MiB, or take longer than five seconds: `ballast disk create`
+    /// does that.
+    #[serde(default)]
+    pub preallocation: Preallocation,
     /// The image that shows through where the new one holds nothing, as it is to be recorded:
     /// relative to the new image's folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -84,9 +98,18 @@ impl NewDiskConfig {
             refcount_bits: self.refcount_bits,
             lazy_refcounts: self.lazy_refcounts,
             backing,
+            preallocation: self.preallocation,
             ..CreateOptions::new(&self.path, format("image_type", self.image_type)?)
         };
-        create_nameless(&options).map_err(|error| match error {
+        let begun = Instant::now();
+        let mut watch = |_, _| match begun.elapsed() > LONGEST {
+            false => Ok(()),
+            true => {
+                let reason = "takes too long here; `ballast disk create` has the time";
+                Err(Invalid::new("preallocation", reason).into())
+            }
+        };
+        create_nameless(&options, MOST_BYTES, &mut watch).map_err(|error| match error {
             BuildError::Invalid(wrong) if wrong.field == "backing_file" => {
                 Invalid::new("backing_path", wrong.reason).into()
             }

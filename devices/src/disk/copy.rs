@@ -50,7 +50,10 @@ pub fn convert(
     if target.backing.is_some() {
         return Err(Invalid::new("backing_file", "a copy has all of the disk").into());
     }
-    if target.preallocation == Preallocation::Metadata {
+    if !matches!(
+        target.preallocation,
+        Preallocation::Off | Preallocation::Falloc
+    ) {
         let reason = "of a copy can be off or falloc";
         return Err(Invalid::new("preallocation", reason).into());
     }

@@ -3,12 +3,15 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::super::new_file::NewFile;
 use super::super::{Format, LockGranularity, OpenOptions, SECTOR};
 use super::chain::backing_file;
 use super::extents::Extents;
+pub use super::fill::Watch;
+use super::fill::{bytes_to_write, failed, fill};
 use super::header::Backing;
 use super::writer::{ImageWriter, Shape};
 use crate::config::{BuildError, Invalid};
@@ -19,15 +22,18 @@ const PLAIN_CLUSTER: u64 = 64 << 10;
 const MAX_BACKING_NAME: usize = 1023;
 
 /// How much of a new image is allocated at once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Preallocation {
     /// Nothing.
     #[default]
     Off,
-    /// All tables; the file has holes for the data.
+    /// All tables of a qcow2 image; the file has holes for the data.
     Metadata,
-    /// That, and space on the host.
+    /// Tables, and space on the host, which the file system sets aside (fallocate).
     Falloc,
+    /// Tables, and zeroes written wherever data can be, so that the host has truly used the space.
+    Full,
 }
 
 /// What lies below a new image.
@@ -70,7 +76,7 @@ pub struct CreateOptions {
     pub version_2: bool,
     /// The image below it.
     pub backing: Option<NewBacking>,
-    /// See there.
+    /// How much is allocated at once; a raw image has no `metadata`.
     pub preallocation: Preallocation,
 }
 
@@ -228,18 +234,33 @@ impl CreateOptions {
 
 /// Makes an image; returns the size of its disk. On error nothing is left behind.
 pub fn create(options: &CreateOptions) -> Result<u64, BuildError> {
-    let shape = options.shape()?;
-    fill(options, shape, NewFile::begin(&options.path)?)
+    create_watched(options, &mut |_, _| Ok(()))
 }
 
-/// The same on a thread that may not make files with names; without `preallocation`.
-pub fn create_nameless(options: &CreateOptions) -> Result<(), BuildError> {
+/// The same, which `watch` can end.
+pub fn create_watched(options: &CreateOptions, watch: &mut Watch<'_>) -> Result<u64, BuildError> {
     let shape = options.shape()?;
-    let alone = CreateOptions {
-        preallocation: Preallocation::Off,
-        ..options.clone()
-    };
-    fill(&alone, shape, NewFile::begin_nameless(&options.path)?).map(drop)
+    fill(options, shape, NewFile::begin(&options.path)?, watch)
+}
+
+/// The same on a thread that may not make files with names. What would have to write more than
+/// `most_bytes` to the host is refused.
+pub fn create_nameless(
+    options: &CreateOptions,
+    most_bytes: u64,
+    watch: &mut Watch<'_>,
+) -> Result<(), BuildError> {
+    let shape = options.shape()?;
+    let bytes = bytes_to_write(options, &shape);
+    if bytes > most_bytes {
+        let reason = format!(
+            "{bytes} bytes would have to be written for it, and a VM can't be held up for more than \
+             {most_bytes}; `ballast disk create` can, with progress"
+        );
+        return Err(invalid("preallocation", reason));
+    }
+    let new = NewFile::begin_nameless(&options.path)?;
+    fill(options, shape, new, watch).map(drop)
 }
 
 /// Begins an overlay, with subclusters, of an image that is in use and is not looked at: a disk of
@@ -257,49 +278,8 @@ pub fn begin_overlay(
     let shape = options.shape_of(size_bytes)?;
     let new = NewFile::begin_nameless(path)?;
     let written = ImageWriter::new(new.file(), shape).and_then(ImageWriter::finish);
-    written.map_err(|e| BuildError::host(format!("writing {}", path.display()), e))?;
+    written.map_err(|e| failed(path, e))?;
     Ok(new)
-}
-
-fn fill(options: &CreateOptions, shape: Shape, new: NewFile) -> Result<u64, BuildError> {
-    let size = shape.size_bytes;
-    let failed = |error: std::io::Error| match error.raw_os_error() {
-        Some(libc::EFBIG) => too_large(options, size, &error),
-        _ => BuildError::host(format!("writing {}", options.path.display()), error),
-    };
-    let no_length = |error: std::io::Error| match error.raw_os_error() {
-        // Beyond what this file system can count.
-        Some(libc::EINVAL) => too_large(options, size, &error),
-        _ => failed(error),
-    };
-    let end = match options.format {
-        Format::Raw => {
-            new.file().set_len(size).map_err(no_length)?;
-            size
-        }
-        Format::Qcow2 => {
-            let clusters = size.div_ceil(1 << shape.cluster_bits);
-            // What there is below it shall be seen.
-            let bitmap = if shape.backing.is_some() {
-                0
-            } else {
-                u32::MAX.into()
-            };
-            let mut writer = ImageWriter::new(new.file(), shape).map_err(failed)?;
-            if options.preallocation != Preallocation::Off {
-                for number in 0..clusters {
-                    writer.map(number, bitmap).map_err(failed)?;
-                }
-            }
-            writer.finish().map_err(failed)?
-        }
-    };
-    if options.preallocation == Preallocation::Falloc {
-        rustix::fs::fallocate(new.file(), FallocateFlags::empty(), 0, end)
-            .map_err(|error| failed(error.into()))?;
-    }
-    new.finish()?;
-    Ok(size)
 }
 
 /// The shape that an image of `size_bytes` would have, for one who fills it.
@@ -309,12 +289,6 @@ pub fn shape_for(options: &CreateOptions, size_bytes: u64) -> Result<Shape, Buil
         ..options.clone()
     }
     .shape()
-}
-
-fn too_large(options: &CreateOptions, size: u64, error: &std::io::Error) -> BuildError {
-    let path = options.path.display();
-    let reason = format!("{path} can't have what a disk of {size} bytes needs: {error}");
-    invalid("size", reason)
 }
 
 fn invalid(field: &str, reason: impl Into<String>) -> BuildError {
