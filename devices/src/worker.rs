@@ -102,9 +102,28 @@ pub const STACK_BYTES: usize = 256 << 10;
 
 /// A device's thread as its owner holds it.
 pub struct Worker {
+    orders: Orders,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What sends orders to a worker; may outlive it.
+#[derive(Clone)]
+pub struct Orders {
     orders: Sender<Order>,
     wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+}
+
+impl Orders {
+    /// Sends an order; never blocks. Whether the worker is still there: one that is gone drops the
+    /// order, and with it its [`Done`].
+    pub fn send(&self, order: Order) -> bool {
+        let sent = self.orders.send(order).is_ok();
+        if sent {
+            // An eventfd write fails only when the counter is full, and then it wakes anyway.
+            let _ = self.wake.write(1);
+        }
+        sent
+    }
 }
 
 const WAKE: u64 = u64::MAX;
@@ -153,8 +172,7 @@ impl Worker {
             })?;
         match outcome.recv() {
             Ok(Ok(())) => Ok(Self {
-                orders,
-                wake,
+                orders: Orders { orders, wake },
                 thread: Some(thread),
             }),
             Ok(Err(error)) => Err(io::Error::other(error)),
@@ -167,10 +185,12 @@ impl Worker {
     /// Sends an order; never blocks. A worker that is gone drops the order, and with it its
     /// [`Done`].
     pub fn order(&self, order: Order) {
-        if self.orders.send(order).is_ok() {
-            // An eventfd write fails only when the counter is full, and then it wakes anyway.
-            let _ = self.wake.write(1);
-        }
+        self.orders.send(order);
+    }
+
+    /// What sends orders to it.
+    pub fn orders(&self) -> Orders {
+        self.orders.clone()
     }
 }
 

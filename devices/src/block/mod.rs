@@ -6,8 +6,10 @@
 
 mod config;
 mod counters;
+mod frozen;
 mod hold;
 mod info;
+pub mod job;
 mod new_disk;
 pub mod request;
 mod shared;
@@ -18,6 +20,7 @@ pub mod watermarks;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,7 +39,7 @@ use self::worker::{Common, QueueHandler};
 use crate::config::{BuildContext, BuildError, Invalid};
 use crate::disk::{self, Format, Image, OpenOptions, SECTOR, qcow2, raw, space};
 use crate::rate_limiter::RateLimiter;
-use crate::sandbox::{Allow, COMMON, Filter, WORKER};
+use crate::sandbox::{Allow, COMMON, Filter, SeccompMode, WORKER};
 use crate::timer;
 use crate::virtio::{VirtioDevice, config_space};
 use crate::worker::{Order, Worker};
@@ -59,6 +62,10 @@ pub struct Block {
     retries: Vec<Arc<EventFd>>,
     hold: Arc<Hold>,
     opened: Mutex<Opened>,
+    id: String,
+    seccomp: SeccompMode,
+    /// There is a job on the disk.
+    job: Arc<AtomicBool>,
 }
 
 /// The image that the disk has now. Used on the VMM thread only; what is locked is never waited for.
@@ -128,6 +135,9 @@ impl Block {
                 config: config.clone(),
                 image: image.into(),
             }),
+            id: context.reporter.id().to_owned(),
+            seccomp: context.seccomp,
+            job: Arc::default(),
         })
     }
 
@@ -177,6 +187,9 @@ impl Block {
         let block = u64::from(image.geometry().logical_block);
         if config.readonly {
             return refuse("the disk is read-only".to_owned());
+        }
+        if self.has_job() {
+            return refuse("there is a job on the disk".to_owned());
         }
         if size_bytes < is {
             return refuse(format!("the disk has {is} bytes; it can't be made smaller"));
@@ -240,8 +253,8 @@ impl DiskConfig {
     }
 }
 
-/// The kinds of thread there are, with the lists of their filters: a queue of each engine, and one
-/// whose engine can be exchanged for that of an overlay.
+/// The kinds of thread there are, with the lists of their filters: a queue of each engine, one
+/// whose engine can be exchanged for that of an overlay, and a job.
 pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     let own = disk::QUEUES
         .iter()
@@ -252,7 +265,8 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
         ("qcow2-or-overlay", qcow2::WRITE_SYSCALLS[0]),
     ];
     let exchanged = exchanged.map(|(kind, list)| (kind, lists(list, true)));
-    own.chain(exchanged).collect()
+    let job = [("disk-job", job::SYSCALLS.to_vec())];
+    own.chain(exchanged).chain(job).collect()
 }
 
 /// The lists of the filter of a queue's thread, whose engine has the list `engine`; with `overlay`

@@ -18,14 +18,13 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
 
+use super::frozen::{Answer, FreezeError, Frozen, ask, gone};
 use super::{Block, DiskConfig, ImageType, LockGranularity, Opened};
 use crate::config::{BuildError, Invalid};
 use crate::disk::exchange::Exchange;
@@ -34,11 +33,8 @@ use crate::disk::qcow2::Qcow2Image;
 use crate::disk::qcow2::create::{NewBacking, begin_overlay};
 use crate::disk::{Format, Image, OpenOptions};
 use crate::sandbox::Allow;
-use crate::worker::{Order, Worker};
+use crate::worker::Worker;
 use crate::{allow, disk};
-
-/// How long the queues may take to write out what they have.
-const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What it takes beside opening and making images: the first of several names must go again where
 /// the second can't be had.
@@ -105,12 +101,11 @@ pub fn snapshot(disks: &[(&Block, &Path)], go_on: bool) -> Result<(), SnapshotEr
     let mut moves = each(disks, |(block, path)| Move::begin(block, path))?;
 
     // From here on the queues stand still, until this is dropped.
-    let mut frozen = Frozen {
-        workers: disks.iter().flat_map(|(b, _)| &b.workers).collect(),
-        go_on,
-        listening: false,
-    };
-    frozen.freeze()?;
+    let workers = disks.iter().flat_map(|(b, _)| &b.workers).collect();
+    let _frozen = Frozen::freeze(workers, go_on).map_err(|e| match e {
+        FreezeError::Worker(number, error) => SnapshotError::Disk(number, error),
+        FreezeError::Timeout => SnapshotError::Timeout,
+    })?;
     each(&mut moves, Move::open)?;
     let names = each(&mut moves, Move::name)?;
     // Nothing fails any more.
@@ -133,67 +128,6 @@ fn each<T, R>(
     let results =
         numbered.map(|(number, one)| what(one).map_err(|e| SnapshotError::Disk(number, e)));
     results.collect()
-}
-
-/// Queues that stand still.
-struct Frozen<'a> {
-    workers: Vec<&'a Worker>,
-    go_on: bool,
-    /// All of them stand still, and hear only orders.
-    listening: bool,
-}
-
-impl Frozen<'_> {
-    fn freeze(&mut self) -> Result<(), SnapshotError> {
-        let order = |worker: &&Worker| {
-            worker.order(Order::Pause(Box::new(|| ())));
-            ask(worker, Exchange::Freeze)
-        };
-        let answers: Vec<_> = self.workers.iter().map(order).collect();
-        let deadline = Instant::now() + FREEZE_TIMEOUT;
-        for (number, answer) in answers.into_iter().enumerate() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let failed = |error: std::io::Error| {
-                let doing = "writing out what the disk has";
-                SnapshotError::Disk(number, BuildError::host(doing, error))
-            };
-            match answer.recv_timeout(left) {
-                Ok(result) => result.map_err(failed)?,
-                Err(RecvTimeoutError::Timeout) => return Err(SnapshotError::Timeout),
-                Err(RecvTimeoutError::Disconnected) => return Err(failed(gone())),
-            }
-        }
-        self.listening = true;
-        Ok(())
-    }
-}
-
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        // Has no effect on one that has got its new engine.
-        let abort = |worker: &&Worker| ask(worker, Exchange::Abort);
-        let answers: Vec<_> = self.workers.iter().map(abort).collect();
-        if self.listening {
-            // What is staged must be closed before its image is: whoever is the last to let go
-            // unlocks the files, and a device's thread may not.
-            answers.iter().for_each(|answer| drop(answer.recv()));
-        }
-        if self.go_on {
-            self.workers.iter().for_each(|w| w.order(Order::Resume));
-        }
-    }
-}
-
-type Answer = Receiver<std::io::Result<()>>;
-
-fn ask(worker: &Worker, step: impl FnOnce(disk::exchange::Reply) -> Exchange) -> Answer {
-    let (reply, answer) = channel();
-    worker.order(Order::Exchange(step(reply)));
-    answer
-}
-
-fn gone() -> std::io::Error {
-    std::io::Error::other("the disk's thread is gone")
 }
 
 /// One disk on its way.
@@ -220,6 +154,9 @@ impl<'a> Move<'a> {
         };
         let below = std::path::absolute(&config.path)
             .map_err(|e| BuildError::host("finding the working directory", e))?;
+        if block.has_job() {
+            return Err(Invalid::new("id", "there is a job on the disk").into());
+        }
         is_still_there(&below, image.as_ref())?;
         let format = match config.image_type {
             ImageType::Raw | ImageType::Unknown => Format::Raw,

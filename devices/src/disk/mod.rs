@@ -37,6 +37,7 @@ pub mod qcow2;
 pub mod raw;
 mod ring;
 pub mod space;
+pub mod steps;
 
 pub use buffers::Buffers;
 pub use lock::LockGranularity;
@@ -72,6 +73,20 @@ pub trait Image: Send + Sync {
         let reason = "not supported yet: resizing images of this format while they are in use";
         Err(Invalid::new("desired_size", reason).into())
     }
+    /// Whether all that is below the image can come into it while it is in use, and how the first
+    /// queue's thread is told to; it looks when [`Queue::attend`] is called. A refusal names the
+    /// field `id`. Called on the VMM thread.
+    fn stream(&self) -> Result<Arc<dyn steps::Steps>, BuildError> {
+        Err(Invalid::new("id", "an image of this format has no backing file").into())
+    }
+    /// Opens the image anew when it has forgotten what was below it, under the same lock. Its queue
+    /// has written everything and stands still. Called on the VMM thread.
+    fn reopen_alone(&self) -> Result<Box<dyn Image>, BuildError> {
+        Err(Invalid::new("id", "an image of this format has no backing file").into())
+    }
+    /// The image that was opened anew is about to be used: this one's queue, which still stands
+    /// still, is to be closed without a change to the file. Called on the VMM thread.
+    fn hand_over(&self) {}
 }
 
 /// Units of an image.

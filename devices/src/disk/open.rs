@@ -20,10 +20,11 @@ use crate::config::{BuildError, Invalid};
 /// Alignment that suits every kind of memory mapping and every disk we know of.
 const PAGE: u32 = 4096;
 
-/// A host file, open and locked.
+/// A host file, open and locked until the last clone is dropped.
+#[derive(Clone)]
 pub struct HostFile {
     pub file: Arc<File>,
-    pub lock: ImageLock,
+    pub lock: Arc<ImageLock>,
     pub size_bytes: u64,
     pub geometry: Geometry,
     /// What O_DIRECT asks of buffers in memory; `None` without O_DIRECT.
@@ -94,7 +95,7 @@ fn open_any(options: &OpenOptions, locking: Locking) -> Result<HostFile, BuildEr
         Locking::BesideOwn => ImageLock::beside_own(file.clone()),
         Locking::Nothing => Ok(ImageLock::nothing(file.clone())),
     };
-    let lock = lock.map_err(|e| lock_failed(path, e))?;
+    let lock = Arc::new(lock.map_err(|e| lock_failed(path, e))?);
     let size_bytes = size(&file, &stat, block_device).map_err(|e| refused(path, e))?;
     let (geometry, direct_memory_align) = alignment(&file, &stat, block_device, options.direct)
         .map_err(|e| {

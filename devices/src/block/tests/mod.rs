@@ -6,6 +6,7 @@ mod enospc;
 mod faults;
 mod hostile;
 mod io;
+mod job;
 mod load;
 mod malicious;
 mod model;

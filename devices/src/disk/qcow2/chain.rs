@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::super::buffers::{AlignedBuffer, Buffers, read_at};
 use super::super::lock::ImageLock;
 use super::super::open::{HostFile, open_beside_own, open_file};
-use super::super::{DEFAULT_CACHE_BYTES, Format, Geometry, OpenOptions, SECTOR};
+use super::super::{DEFAULT_CACHE_BYTES, Format, OpenOptions, SECTOR};
 use super::cache::{Lookups, SliceCache, SliceKey};
 use super::details::{self, ReadError, Snapshot};
 use super::header::{self, Backing, Header, MAX_CLUSTER, Unusable};
@@ -51,7 +51,7 @@ pub struct Layer {
     /// `None` for a raw image.
     tables: Option<Tables>,
     pub block_device: bool,
-    _lock: ImageLock,
+    _lock: Arc<ImageLock>,
 }
 
 struct Tables {
@@ -105,8 +105,7 @@ pub struct Chain {
 
 /// What opening found out about the topmost image.
 pub struct Top {
-    pub geometry: Geometry,
-    pub serial: String,
+    pub host: HostFile,
     pub header: Header,
     pub snapshots: Vec<Snapshot>,
     pub snapshot_table_bytes: u64,
@@ -115,27 +114,38 @@ pub struct Top {
 impl Chain {
     /// Opens and locks all of them; those below the topmost for reading.
     pub fn open(options: &OpenOptions) -> Result<(Self, Top), BuildError> {
-        Self::open_as(options, false)
+        Self::open_as(options, Start::Path)
     }
 
     /// The same for an overlay of an image that this process is writing to.
     pub fn open_over_own(options: &OpenOptions) -> Result<(Self, Top), BuildError> {
-        Self::open_as(options, true)
+        Self::open_as(options, Start::OverOwn)
     }
 
-    fn open_as(options: &OpenOptions, over_own: bool) -> Result<(Self, Top), BuildError> {
+    /// Opens an image anew that this process has open, and has written to, under the same lock.
+    pub fn open_again(options: &OpenOptions, host: &HostFile) -> Result<(Self, Top), BuildError> {
+        let stat = rustix::fs::fstat(&host.file);
+        let stat = stat.map_err(|e| failed(&options.path, e.into()))?;
+        let host = HostFile {
+            size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
+            ..host.clone()
+        };
+        Self::open_as(options, Start::Again(host))
+    }
+
+    fn open_as(options: &OpenOptions, start: Start) -> Result<(Self, Top), BuildError> {
         let mut layers = Vec::new();
         let mut seen = Vec::new();
         let mut l1_bytes = 0;
         let mut top = None;
         let mut next = Some((options.path.clone(), Format::Qcow2));
         while let Some((path, format)) = next.take() {
-            let how = match layers.len() {
-                0 => Opening::Top,
-                1 if over_own => Opening::Own,
-                _ => Opening::Below,
+            let host = match (layers.len(), &start) {
+                (0, Start::Again(host)) => host.clone(),
+                (0, _) => open_host(options, &path, Opening::Top)?,
+                (1, Start::OverOwn) => open_host(options, &path, Opening::Own)?,
+                _ => open_host(options, &path, Opening::Below)?,
             };
-            let host = open_host(options, &path, how)?;
             if seen.contains(&host.identity) {
                 return Err(refused(&path, "it is its own backing file"));
             }
@@ -152,8 +162,7 @@ impl Chain {
                         let (snapshots, snapshot_table_bytes) =
                             read_snapshots(&host, &header, &path)?;
                         top = Some(Top {
-                            geometry: host.geometry,
-                            serial: host.serial.clone(),
+                            host: host.clone(),
                             snapshots,
                             snapshot_table_bytes,
                             header: header.clone(),
@@ -312,6 +321,16 @@ fn alignment(host: &HostFile) -> Option<Alignment> {
         memory,
         file: host.geometry.logical_block,
     })
+}
+
+/// How the topmost image comes to be open.
+enum Start {
+    /// By its path.
+    Path,
+    /// The same, and the image below it is one that this process is writing to.
+    OverOwn,
+    /// It is.
+    Again(HostFile),
 }
 
 /// What an image is in its chain.

@@ -70,7 +70,7 @@ struct Layer {
     file: Arc<File>,
     size_bytes: u64,
     tables: Option<Tables>,
-    _lock: ImageLock,
+    _lock: Arc<ImageLock>,
 }
 
 struct Tables {

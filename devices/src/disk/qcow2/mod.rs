@@ -42,7 +42,7 @@ pub use queue::{SYNC_SYSCALLS, URING_SYSCALLS};
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
@@ -53,6 +53,8 @@ use self::header::Header;
 use self::map::Layout;
 use self::queue::ChainQueue;
 use self::write::{Control, GrowError, Writable};
+use super::open::HostFile;
+use super::steps::Steps;
 use super::{BackingInfo, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR};
 use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
@@ -65,16 +67,16 @@ pub struct Qcow2Image {
     chain: Arc<Chain>,
     /// `None` for an image that is only read.
     writable: Option<Mutex<Option<Writable>>>,
-    top_file: Arc<File>,
+    /// The topmost image's file, and its lock.
+    host: HostFile,
     /// What the queue of an image that is written to shares with it.
     control: Option<Arc<Control>>,
     snapshots: Vec<String>,
     /// Why it can't have another size.
     size_fixed: Option<&'static str>,
-    path: PathBuf,
+    /// How it was opened; with the name that it is known by.
+    options: OpenOptions,
     geometry: Geometry,
-    serial: String,
-    disable_io_uring: bool,
 }
 
 /// Names of snapshots that are told.
@@ -112,7 +114,7 @@ impl Qcow2Image {
             layer.path = name.into();
         }
         let mut image = Self::of(chain, top, options)?;
-        image.path = name.into();
+        image.options.path = name.into();
         Ok(image)
     }
 
@@ -129,14 +131,14 @@ impl Qcow2Image {
         let Some(first) = chain.layers.first() else {
             return Err(Invalid::new("path", "there is no image").into());
         };
-        let (unit, top_file) = (first.layout(), first.file.clone());
+        let unit = first.layout();
         let geometry = Geometry {
             logical_block: match options.readonly {
                 // Whatever O_DIRECT asks for is done here.
                 true => SECTOR as u32,
-                false => top.geometry.logical_block,
+                false => top.host.geometry.logical_block,
             },
-            physical_block: top.geometry.physical_block,
+            physical_block: top.host.geometry.physical_block,
             discard_granularity: unit.map_or(SECTOR, Layout::unit_bytes) as u32,
         };
         let chain = Arc::new(chain);
@@ -157,12 +159,10 @@ impl Qcow2Image {
             control,
             snapshots,
             size_fixed,
-            path: options.path.clone(),
             writable,
             chain,
-            top_file,
-            serial: top.serial,
-            disable_io_uring: options.disable_io_uring,
+            host: top.host,
+            options: options.clone(),
         })
     }
 }
@@ -195,11 +195,11 @@ impl Image for Qcow2Image {
     }
 
     fn serial(&self) -> String {
-        self.serial.clone()
+        self.host.serial.clone()
     }
 
     fn host_file(&self) -> Arc<File> {
-        self.top_file.clone()
+        self.host.file.clone()
     }
 
     fn info(&self) -> io::Result<ImageInfo> {
@@ -223,7 +223,7 @@ impl Image for Qcow2Image {
     }
 
     fn grow(&self, size_bytes: u64, attend: &dyn Fn()) -> Result<(), BuildError> {
-        let path = self.path.display();
+        let path = self.options.path.display();
         let refuse = |reason: String| BuildError::from(Invalid::new("desired_size", reason));
         let Some(control) = &self.control else {
             return Err(refuse(format!("{path} is open for reading only")));
@@ -237,6 +237,43 @@ impl Image for Qcow2Image {
         })
     }
 
+    fn stream(&self) -> Result<Arc<dyn Steps>, BuildError> {
+        let path = self.options.path.display();
+        let refuse =
+            |reason: &str| BuildError::from(Invalid::new("id", format!("{path} {reason}")));
+        let Some(control) = &self.control else {
+            return Err(refuse("is open for reading only"));
+        };
+        if self.chain.layers.len() < 2 {
+            return Err(refuse("has no backing file"));
+        }
+        if !self.snapshots.is_empty() {
+            // What is not in them shows what is below.
+            return Err(refuse(
+                "has snapshots inside, which would lose what they have of its backing file",
+            ));
+        }
+        Ok(control.clone())
+    }
+
+    fn reopen_alone(&self) -> Result<Box<dyn Image>, BuildError> {
+        let options = OpenOptions {
+            // It has none, or is refused.
+            backing_files: false,
+            ..self.options.clone()
+        };
+        let (chain, top) = Chain::open_again(&options, &self.host)?;
+        let mut image = Self::of(chain, top, &options)?;
+        image.options.backing_files = self.options.backing_files;
+        Ok(Box::new(image))
+    }
+
+    fn hand_over(&self) {
+        if let Some(control) = &self.control {
+            control.hand_over();
+        }
+    }
+
     fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
         if let Some(writable) = &self.writable {
             let writable = writable
@@ -245,13 +282,13 @@ impl Image for Qcow2Image {
                 .take();
             // There is one queue only.
             let writable = writable.ok_or(io::Error::from(Errno::BUSY))?;
-            return writable.into_queue(depth, self.disable_io_uring);
+            return writable.into_queue(depth, self.options.disable_io_uring);
         }
         let chain = self.chain.clone();
         Ok(Box::new(ChainQueue::new(
             chain,
             depth,
-            self.disable_io_uring,
+            self.options.disable_io_uring,
         )?))
     }
 }

@@ -36,7 +36,7 @@ pub struct RawImage {
     path: PathBuf,
     readonly: bool,
     disable_io_uring: bool,
-    _lock: ImageLock,
+    _lock: Arc<ImageLock>,
 }
 
 /// What the queues of an image share.

@@ -6,12 +6,13 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::super::super::steps::{Reply, Step, Steps};
 use super::lock::locked;
 
 /// How long the VMM thread waits for the queue's.
@@ -35,24 +36,32 @@ impl From<io::Error> for GrowError {
     }
 }
 
-/// Have the disk grow.
-pub struct Order {
-    number: u64,
-    /// To this size.
-    pub size_bytes: u64,
-    reply: SyncSender<Result<(), GrowError>>,
+/// What the queue's thread is to do.
+pub enum Order {
+    /// Have the disk grow to so many bytes.
+    Grow(u64, GrowReply),
+    /// A step of a job.
+    Step(Step, Reply),
 }
 
-impl Order {
+/// Where the end of it is told.
+pub struct GrowReply(SyncSender<Result<(), GrowError>>);
+
+impl GrowReply {
     /// It is done, or could not be.
     pub fn done(&self, result: Result<(), GrowError>) {
         // Nobody may be waiting any more.
-        let _ = self.reply.try_send(result);
+        let _ = self.0.try_send(result);
     }
+}
 
+impl Order {
     /// It is not even begun.
-    pub fn refuse(&self, error: Errno) {
-        self.done(Err(GrowError::Host(error.into())));
+    pub fn refuse(self, error: Errno) {
+        match self {
+            Self::Grow(_, reply) => reply.done(Err(GrowError::Host(error.into()))),
+            Self::Step(_, reply) => reply.tell(Err(error.into())),
+        }
     }
 }
 
@@ -64,7 +73,9 @@ pub struct Control {
     /// Those that were returned.
     returned: AtomicU64,
     numbers: AtomicU64,
-    orders: Mutex<VecDeque<Order>>,
+    orders: Mutex<VecDeque<(u64, Order)>>,
+    /// Somebody else goes on with the file.
+    handed_over: AtomicBool,
 }
 
 impl Control {
@@ -76,6 +87,7 @@ impl Control {
             returned: AtomicU64::new(0),
             numbers: AtomicU64::new(0),
             orders: Mutex::default(),
+            handed_over: AtomicBool::new(false),
         }
     }
 
@@ -107,20 +119,33 @@ impl Control {
         self.leaks.store(0, Ordering::SeqCst);
     }
 
+    /// From now on another engine uses the file: this one has written everything, and is to be
+    /// closed without another change. Called on the VMM thread while the queue stands still.
+    pub fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that is so.
+    pub fn is_handed_over(&self) -> bool {
+        self.handed_over.load(Ordering::SeqCst)
+    }
+
     /// An order to be carried out. Called on the queue's thread.
     pub fn next(&self) -> Option<Order> {
-        locked(&self.orders).pop_front()
+        let order = locked(&self.orders).pop_front();
+        order.map(|(_, order)| order)
+    }
+
+    fn push(&self, order: Order) -> u64 {
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        locked(&self.orders).push_back((number, order));
+        number
     }
 
     /// Leaves an order.
     pub fn order(&self, size_bytes: u64) -> (u64, Receiver<Result<(), GrowError>>) {
         let (reply, answer) = sync_channel(1);
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        locked(&self.orders).push_back(Order {
-            number,
-            size_bytes,
-            reply,
-        });
+        let number = self.push(Order::Grow(size_bytes, GrowReply(reply)));
         (number, answer)
     }
 
@@ -134,7 +159,22 @@ impl Control {
             Err(RecvTimeoutError::Timeout) => Errno::TIMEDOUT,
         };
         // If it has not been taken out it never will be; else it may still come about.
-        locked(&self.orders).retain(|order| order.number != number);
+        self.withdraw(number);
         Err(GrowError::Host(late.into()))
+    }
+}
+
+impl Steps for Control {
+    fn leave(&self, step: Step, reply: Reply) -> u64 {
+        self.push(Order::Step(step, reply))
+    }
+
+    fn withdraw(&self, number: u64) -> bool {
+        let mut orders = locked(&self.orders);
+        let found = orders.iter().position(|(its, _)| *its == number);
+        let order = found.and_then(|index| orders.remove(index));
+        // What is told when it is dropped is told with nothing locked.
+        drop(orders);
+        order.is_some()
     }
 }

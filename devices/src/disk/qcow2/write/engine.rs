@@ -29,7 +29,7 @@ use super::pages::{Kind, Pages};
 use super::refcounts::Widths;
 
 /// Of the topmost image, in its chain.
-const TOP: u16 = 0;
+pub const TOP: u16 = 0;
 /// Operations that one request has under way at a time.
 const TICKETS: usize = 64;
 /// Offset of the incompatible features in the header.

@@ -192,7 +192,7 @@ impl Engine {
 
     /// Before the image is closed: writes all, and gives back what was allocated ahead.
     pub async fn close(&self) {
-        if !locked(&self.tables).used {
+        if !locked(&self.tables).used || self.control.is_handed_over() {
             return;
         }
         // Twice: the first frees what the second records as free.

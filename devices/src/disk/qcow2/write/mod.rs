@@ -9,6 +9,7 @@
 //!   flush ──── what is written when       open ────── what is found out before the first request
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   leaks ──── what a killed process left behind
+//!   populate ─ what is below comes into the image, which then needs it no more
 //!   cluster, refcounts, extents, pages ── pure
 //! ```
 //!
@@ -28,6 +29,7 @@ mod leaks;
 mod lock;
 mod open;
 mod pages;
+mod populate;
 mod queue;
 mod refcounts;
 mod request;

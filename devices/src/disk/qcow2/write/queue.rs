@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use super::super::super::ring;
 use super::super::super::{Buffers, Completion, Operation, Queue, Request};
+use super::control::Order;
 use super::engine::Engine;
 use super::io::PUNCH_HOLE;
 use super::lock::locked;
@@ -357,8 +358,10 @@ impl Queue for WriteQueue {
             self.spawn(
                 None,
                 Box::pin(async move {
-                    let result = engine.grow(order.size_bytes).await;
-                    order.done(result);
+                    match order {
+                        Order::Grow(size_bytes, reply) => reply.done(engine.grow(size_bytes).await),
+                        Order::Step(step, reply) => reply.tell(engine.step(step).await),
+                    }
                     (Ok(()), Buffers::default())
                 }),
             );

@@ -148,7 +148,7 @@ impl Engine {
     }
 
     /// Writes with the clusters locked for this request alone.
-    async fn write_alone(&self, mut position: u64, buffers: &mut Buffers) -> io::Result<()> {
+    pub async fn write_alone(&self, mut position: u64, buffers: &mut Buffers) -> io::Result<()> {
         while buffers.len_bytes() > 0 {
             self.own_table(position, true).await?;
             let len = buffers.len_bytes();

@@ -52,6 +52,14 @@ impl Setup {
         self.backing.as_ref().map_or(&[], |(_, bytes)| bytes)
     }
 
+    /// Has a range of the backing file hold zeroes.
+    pub fn zero_below(&mut self, offset: u64, len: u64) {
+        if let Some((path, bytes)) = &mut self.backing {
+            bytes[offset as usize..][..len as usize].fill(0);
+            std::fs::write(path, bytes).unwrap();
+        }
+    }
+
     pub fn driver(&self, seed: u64) -> (Driver, Shared) {
         let below: Vec<&Path> = self.backing.iter().map(|(p, _)| p.as_path()).collect();
         let shared = host(&self.path, &below, seed);

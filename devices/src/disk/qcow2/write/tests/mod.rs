@@ -6,6 +6,7 @@ mod geometries;
 mod grow;
 mod hostile;
 mod leaks;
+mod populate;
 mod sim;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,74 @@
+//! The end of a job, on the VMM thread.
+
+use std::sync::Arc;
+
+use super::{Job, JobStatus};
+use crate::block::Block;
+use crate::block::frozen::{FreezeError, Frozen, ask, gone};
+use crate::config::{BuildError, Invalid};
+use crate::disk::Image;
+use crate::disk::exchange::Exchange;
+
+/// Why a job that was ready could not be concluded.
+#[derive(Debug, thiserror::Error)]
+pub enum ConcludeError {
+    /// The queue could not write out in time what it has; may be tried again.
+    #[error("writing out what the disk holds took too long")]
+    Timeout,
+    /// It failed. The disk goes on as before, and all of it is in its image; the files below it
+    /// stay open until it is opened anew.
+    #[error("the image stands alone, but what was below it is still open: {0}")]
+    StillOpen(BuildError),
+}
+
+impl From<BuildError> for ConcludeError {
+    fn from(error: BuildError) -> Self {
+        Self::StillOpen(error)
+    }
+}
+
+impl Job {
+    /// Has the disk, which the job was begun on, go on with its image opened anew, and closes what
+    /// was below; `go_on` unless the VM is paused. Called on the VMM thread once the job is ready.
+    pub fn conclude(&mut self, block: &Block, go_on: bool) -> Result<(), ConcludeError> {
+        let refuse = |reason| Err(BuildError::from(Invalid::new("id", reason)).into());
+        if *self.shared.status() != JobStatus::Ready {
+            return refuse("the job is not ready");
+        }
+        if !Arc::ptr_eq(&self.on_disk.0, &block.job) {
+            return refuse("the job is one of another disk");
+        }
+        let (config, old) = {
+            let opened = block.opened();
+            (opened.config.clone(), opened.image.clone())
+        };
+        let [worker] = &block.workers[..] else {
+            return Err(BuildError::host("looking for the disk's thread", gone()).into());
+        };
+        // Closed only when the queue has let go of it.
+        let image: Box<dyn Image>;
+        {
+            let frozen = Frozen::freeze(vec![worker], go_on).map_err(|e| match e {
+                FreezeError::Worker(_, error) => ConcludeError::StillOpen(error),
+                FreezeError::Timeout => ConcludeError::Timeout,
+            })?;
+            image = old.reopen_alone()?;
+            if image.size_bytes() != old.size_bytes() {
+                return refuse("the image has another size than the disk");
+            }
+            let failed = |e| BuildError::host("opening the disk's image anew", e);
+            let queue = image.open_queue(config.queue_size).map_err(failed)?;
+            ask(worker, |reply| Exchange::Stage(queue, reply))
+                .recv()
+                .unwrap_or_else(|_| Err(gone()))
+                .map_err(failed)?;
+            // Nothing fails any more.
+            old.hand_over();
+            // A worker that is gone has closed its engine.
+            let _ = ask(worker, Exchange::Commit).recv();
+            drop(frozen);
+        }
+        block.opened().image = image.into();
+        Ok(())
+    }
+}

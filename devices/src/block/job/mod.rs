@@ -1,0 +1,261 @@
+//! Jobs: long work on a disk while the guest uses it.
+//!
+//! ```text
+//!   begin ─► running ─► ready ─► conclude: the VMM thread exchanges the engine
+//!               │  └──► failed
+//!               └─────► cancelled
+//! ```
+//!
+//! A job has a thread of its own ([`thread`]), which opens and reads nothing: it has the disk's
+//! queue do one step after the other ([`crate::disk::steps`]), waits in between as its speed asks
+//! for, and looks whether it is to end. What opens files is left to the VMM thread, once there is
+//! nothing else to do. A job that is dropped is cancelled; wherever it ends, the disk is whole.
+//!
+//! **Stream**: all that a disk has only below its image comes into the image, which then stands
+//! alone: the files below are closed and unlocked. It is safe at any moment (see
+//! `disk/qcow2/write/populate.rs`), also where the last step never comes: the image has forgotten
+//! what is below it, and what is still open is not needed.
+
+mod conclude;
+mod thread;
+
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+pub use self::conclude::ConcludeError;
+use self::thread::{Told, Work};
+use super::{Block, NAME_BYTES, snapshot};
+use crate::config::{BuildError, Invalid};
+use crate::sandbox::{Allow, COMMON, Filter};
+
+/// What its thread calls: it waits, and has others do the rest.
+pub const SYSCALLS: &[&[Allow]] = &[COMMON];
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// Has the image stand alone.
+    Stream,
+}
+
+impl JobKind {
+    /// Its name in the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stream => "stream",
+        }
+    }
+}
+
+/// How a job stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum JobStatus {
+    /// It is at work.
+    Running,
+    /// It has done its part; [`Job::conclude`] is to be called.
+    Ready,
+    /// It could not go on; why, for a person. The disk is as it was for the guest, and what was
+    /// done stays done.
+    Failed(String),
+    /// It was told to end before it was done.
+    Cancelled,
+}
+
+/// A job as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobView {
+    /// What it does.
+    pub kind: JobKind,
+    /// Bytes of the disk that are done.
+    pub done_bytes: u64,
+    /// Bytes that the disk has.
+    pub total_bytes: u64,
+    /// Bytes that were written for it so far.
+    pub copied_bytes: u64,
+    /// The most that it may write in a second.
+    pub speed: Option<NonZeroU64>,
+    /// How it stands.
+    pub status: JobStatus,
+}
+
+/// A job. Kept by the VMM thread; dropped before or after its disk, which waits until the step that
+/// is being done is.
+pub struct Job {
+    kind: JobKind,
+    shared: Arc<Shared>,
+    told: Sender<Told>,
+    thread: Option<JoinHandle<()>>,
+    on_disk: OnDisk,
+}
+
+/// What the thread and its owner share.
+struct Shared {
+    done_bytes: AtomicU64,
+    copied_bytes: AtomicU64,
+    total_bytes: u64,
+    /// Bytes per second; 0 for no limit.
+    speed: AtomicU64,
+    cancelled: AtomicBool,
+    status: Mutex<JobStatus>,
+}
+
+impl Shared {
+    fn status(&self) -> MutexGuard<'_, JobStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says that a disk has a job, for as long as it has.
+struct OnDisk(Arc<AtomicBool>);
+
+impl Drop for OnDisk {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Block {
+    /// Whether a job is at work on the disk, or waits for its end. Its size and its image can't be
+    /// changed meanwhile.
+    pub fn has_job(&self) -> bool {
+        self.job.load(Ordering::SeqCst)
+    }
+
+    /// Begins a job that writes up to `speed` bytes a second; when its thread has ended, whatever
+    /// the outcome, it calls `wake` last. Refusals name the field `id`. Called on the VMM thread.
+    pub fn begin_job(
+        &self,
+        kind: JobKind,
+        speed: Option<NonZeroU64>,
+        wake: Box<dyn FnOnce() + Send>,
+    ) -> Result<Job, BuildError> {
+        let refuse = |reason: &str| Err(Invalid::new("id", reason).into());
+        let (config, image) = {
+            let opened = self.opened();
+            (opened.config.clone(), opened.image.clone())
+        };
+        if config.readonly {
+            return refuse("the disk is read-only: nothing can come into its image");
+        }
+        let steps = image.stream()?;
+        let [worker] = &self.workers[..] else {
+            return refuse("not supported yet: a disk with more than one queue");
+        };
+        if !snapshot::is_possible(&config) {
+            return refuse("not supported yet: a disk whose `lock_granularity` is Full");
+        }
+        if self.job.swap(true, Ordering::SeqCst) {
+            return refuse("there is a job on the disk already");
+        }
+        let on_disk = OnDisk(self.job.clone());
+        let shared = Arc::new(Shared {
+            done_bytes: AtomicU64::new(0),
+            copied_bytes: AtomicU64::new(0),
+            total_bytes: image.size_bytes(),
+            speed: AtomicU64::new(speed.map_or(0, NonZeroU64::get)),
+            cancelled: AtomicBool::new(false),
+            status: Mutex::new(JobStatus::Running),
+        });
+        let (told, inbox) = channel();
+        let work = Work::new(
+            shared.clone(),
+            steps,
+            worker.orders(),
+            (told.clone(), inbox),
+        );
+        let thread = spawn(&thread_name(&self.id), self.seccomp, work, wake)?;
+        Ok(Job {
+            kind,
+            shared,
+            told,
+            thread: Some(thread),
+            on_disk,
+        })
+    }
+}
+
+impl Job {
+    /// How it stands.
+    pub fn view(&self) -> JobView {
+        let shared = &self.shared;
+        JobView {
+            kind: self.kind,
+            done_bytes: shared.done_bytes.load(Ordering::SeqCst),
+            total_bytes: shared.total_bytes,
+            copied_bytes: shared.copied_bytes.load(Ordering::SeqCst),
+            speed: NonZeroU64::new(shared.speed.load(Ordering::SeqCst)),
+            status: shared.status().clone(),
+        }
+    }
+
+    /// Has it write up to so many bytes a second from now on.
+    pub fn set_speed(&self, speed: Option<NonZeroU64>) {
+        let speed = speed.map_or(0, NonZeroU64::get);
+        self.shared.speed.store(speed, Ordering::SeqCst);
+        self.look();
+    }
+
+    /// Has it end soon; does not wait for that. One that is ready stays so.
+    pub fn cancel(&self) {
+        self.shared.cancelled.store(true, Ordering::SeqCst);
+        self.look();
+    }
+
+    fn look(&self) {
+        // One that has ended looks no more.
+        let _ = self.told.send(Told::Look);
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.cancel();
+        if let Some(thread) = self.thread.take() {
+            // A panic aborts the process, so a join can't report one.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// `<id>_job`; of a long id the beginning is kept.
+fn thread_name(id: &str) -> String {
+    let mut room = NAME_BYTES.saturating_sub("_job".len()).min(id.len());
+    while !id.is_char_boundary(room) {
+        room -= 1;
+    }
+    format!("{}_job", &id[..room])
+}
+
+fn spawn(
+    name: &str,
+    seccomp: crate::sandbox::SeccompMode,
+    work: Work,
+    wake: Box<dyn FnOnce() + Send>,
+) -> Result<JoinHandle<()>, BuildError> {
+    let failed = |error| BuildError::host(format!("starting the thread {name}"), error);
+    let filter =
+        Filter::compile(name, seccomp, SYSCALLS).map_err(|e| failed(std::io::Error::other(e)))?;
+    let (installed, outcome) = channel();
+    let thread = std::thread::Builder::new()
+        .name(name.replace('\0', ""))
+        .stack_size(crate::worker::STACK_BYTES)
+        .spawn(move || {
+            let result = filter.install();
+            let go = result.is_ok();
+            // The spawner waits for this, so it is there to hear it.
+            let _ = installed.send(result);
+            if go {
+                work.run();
+                wake();
+            }
+        })
+        .map_err(failed)?;
+    match outcome.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(failed(std::io::Error::other(error))),
+        Err(error) => Err(failed(std::io::Error::other(error))),
+    }
+}

@@ -1,0 +1,66 @@
+//! What a job that goes through a whole disk has its queue do, a step at a time, while the guest
+//! uses the disk ([`crate::block::job`]).
+//!
+//! The queue's thread takes a step as it takes a request: it waits for the host no longer than for
+//! that, and requests of the guest go on beside it.
+
+use std::io;
+
+/// A step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Have what is not in the image but in one below it come into it, from this byte of the disk
+    /// on; some of it, and the answer says how far that went.
+    Populate(u64),
+    /// Find out whether [`Step::Detach`] can be done. Changes nothing.
+    CheckDetach,
+    /// Have the image forget what is below it, for good and durably. All must have come into it,
+    /// of a disk of this many bytes.
+    Detach(u64),
+}
+
+/// How far a step came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reached {
+    /// This byte of the disk is the next.
+    pub position: u64,
+    /// So many bytes were written to the image.
+    pub copied: u64,
+}
+
+/// What comes of a step.
+pub type Outcome = io::Result<Reached>;
+
+/// Where the outcome is told, on the queue's thread. One that is dropped says that the queue is
+/// gone.
+pub struct Reply(Option<Box<dyn FnOnce(Outcome) + Send>>);
+
+impl Reply {
+    /// One that is told by calling this, which must not wait.
+    pub fn new(tell: impl FnOnce(Outcome) + Send + 'static) -> Self {
+        Self(Some(Box::new(tell)))
+    }
+
+    /// Tells it.
+    pub fn tell(mut self, outcome: Outcome) {
+        if let Some(tell) = self.0.take() {
+            tell(outcome);
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if let Some(tell) = self.0.take() {
+            tell(Err(io::Error::other("the disk's queue is gone")));
+        }
+    }
+}
+
+/// What takes steps, for the queue of an image.
+pub trait Steps: Send + Sync {
+    /// Leaves a step, for [`super::Queue::attend`] to find; a number for it.
+    fn leave(&self, step: Step, reply: Reply) -> u64;
+    /// Takes it back; whether it was still there. If not, it is being done.
+    fn withdraw(&self, number: u64) -> bool;
+}
