@@ -24,7 +24,9 @@ pub enum Step {
 pub struct Reached {
     /// This byte of the disk is the next.
     pub position: u64,
-    /// So many bytes were written to the image.
+    /// So many bytes were read from what is below the image.
+    pub read: u64,
+    /// So many of them were written to it: not those that are zeroes.
     pub copied: u64,
 }
 

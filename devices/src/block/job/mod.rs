@@ -75,7 +75,7 @@ pub struct JobView {
     pub total_bytes: u64,
     /// Bytes that were written for it so far.
     pub copied_bytes: u64,
-    /// The most that it may write in a second.
+    /// The most bytes that it may read from below in a second, to write what is not zero.
     pub speed: Option<NonZeroU64>,
     /// How it stands.
     pub status: JobStatus,
@@ -124,8 +124,8 @@ impl Block {
         self.job.load(Ordering::SeqCst)
     }
 
-    /// Begins a job that writes up to `speed` bytes a second; when its thread has ended, whatever
-    /// the outcome, it calls `wake` last. Refusals name the field `id`. Called on the VMM thread.
+    /// Begins a job that moves up to `speed` bytes a second; when its thread has ended, whatever
+    /// the outcome, it calls `wake` last, which must not wait for anybody. Refusals name the field `id`. Called on the VMM thread.
     pub fn begin_job(
         &self,
         kind: JobKind,
@@ -191,7 +191,7 @@ impl Job {
         }
     }
 
-    /// Has it write up to so many bytes a second from now on.
+    /// Has it move up to so many bytes a second from now on.
     pub fn set_speed(&self, speed: Option<NonZeroU64>) {
         let speed = speed.map_or(0, NonZeroU64::get);
         self.shared.speed.store(speed, Ordering::SeqCst);

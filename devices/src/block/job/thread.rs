@@ -35,7 +35,7 @@ pub struct Work {
     orders: Orders,
     told: Sender<Told>,
     inbox: Receiver<Told>,
-    /// Bytes that were written faster than they may be, and since when.
+    /// Bytes that were moved faster than they may be, and since when.
     ahead: (f64, Instant),
 }
 
@@ -89,7 +89,7 @@ impl Work {
             done.store(position.min(total), Ordering::SeqCst);
             let copied = &self.shared.copied_bytes;
             copied.fetch_add(reached.copied, Ordering::SeqCst);
-            self.keep_to_speed(reached.copied)?;
+            self.keep_to_speed(reached.read)?;
         }
         self.step(Step::Detach(total))?;
         Ok(())

@@ -211,7 +211,7 @@ fn a_job_that_is_cancelled_leaves_the_disk_as_it_was_and_another_goes_on() {
     drop(begin(&disk.block, speed(1)));
     assert!(!can_write(Format::Raw, &base), "it is still needed");
     let before = content(&mut disk);
-    let (mut job, told) = begin(&disk.block, speed(1));
+    let (job, told) = begin(&disk.block, speed(1));
     assert_eq!(job.view().speed, speed(1));
     job.set_speed(None);
     told.recv_timeout(PATIENCE).unwrap();
@@ -219,11 +219,66 @@ fn a_job_that_is_cancelled_leaves_the_disk_as_it_was_and_another_goes_on() {
     // What is ready stays so.
     job.cancel();
     assert_eq!(job.view().status, JobStatus::Ready);
+    // One that nobody concludes has done no harm, and another can.
+    drop(job);
+    assert!(!can_write(Format::Raw, &base), "it is still open");
+    assert_eq!(disk.write(0, &before[..BLOCK]), OK);
+    assert!(content(&mut disk) == before);
+    let (mut job, told) = begin(&disk.block, None);
+    told.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(job.view().copied_bytes, 0);
     job.conclude(&disk.block, true).unwrap();
     assert!(content(&mut disk) == before);
     drop(disk);
     check(&path);
     assert!(qemu::content(&path) == before);
+}
+
+#[test]
+fn all_of_a_chain_comes_into_its_topmost_image() {
+    let Some(folder) = qemu::folder() else { return };
+    let kinds = [
+        ("cluster_size=64k", "cluster_size=4k", "cluster_size=64k"),
+        ("cluster_size=64k", "compat=0.10", "cluster_size=4k"),
+        (
+            "extended_l2=on",
+            "cluster_size=512",
+            "extended_l2=on,cluster_size=16k",
+        ),
+        ("cluster_size=4k", "extended_l2=on", "cluster_size=1M"),
+    ];
+    for (number, (setup, kind)) in engines().zip(kinds).enumerate() {
+        let folder = folder.path().join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let seed = number as u64 * 10;
+        let plain = qemu::create(&folder, "plain.qcow2", "", SIZE);
+        qemu::scribble(&plain, SIZE, 40, seed);
+        let base = folder.join("base.qcow2");
+        let (from, to, options) = (plain.display(), base.display(), kind.0);
+        qemu::img(&format!("convert -c -O qcow2 -o {options} {from} {to}"));
+        // What is above may be larger than what is below, and smaller.
+        let over = |below: &Path, name: &str, options: &str, size: u64| {
+            let below = below.display();
+            let options = format!("{options},backing_file={below},backing_fmt=qcow2");
+            let path = qemu::create(&folder, name, &options, size);
+            qemu::scribble(&path, size, 30, seed + size % 7);
+            path
+        };
+        let middle = over(&base, "middle.qcow2", kind.1, SIZE + 5 * 512);
+        let path = over(&middle, "top.qcow2", kind.2, SIZE + 8 * 512);
+        let expected = qemu::content(&path);
+        let disk = Disk::on(&path, setup, self::over());
+        assert_eq!(disk.block.info("x").unwrap().backing_chain.len(), 2);
+        let (mut job, told) = begin(&disk.block, None);
+        told.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(job.view().status, JobStatus::Ready, "{kind:?}");
+        job.conclude(&disk.block, true).unwrap();
+        drop((job, disk));
+        std::fs::remove_file(&base).unwrap();
+        std::fs::remove_file(&middle).unwrap();
+        check(&path);
+        assert!(qemu::content(&path) == expected, "{kind:?}");
+    }
 }
 
 #[test]
@@ -312,7 +367,7 @@ fn a_reset_does_not_end_a_job_and_the_end_of_the_disk_does() {
     std::fs::create_dir(folder.path().join("2")).unwrap();
     let (_, path) = images(&folder.path().join("2"), "cluster_size=4k");
     let disk = Disk::on(&path, PLAIN, over());
-    let (job, told) = begin(&disk.block, speed(4 << 20));
+    let (job, told) = begin(&disk.block, speed(1));
     drop(disk);
     job.set_speed(None);
     told.recv_timeout(PATIENCE).unwrap();

@@ -68,7 +68,7 @@ impl Engine {
         }
         Ok(Reached {
             position,
-            copied: 0,
+            ..Reached::default()
         })
     }
 
@@ -91,7 +91,7 @@ impl Engine {
             } else if stop == position {
                 return Ok(Reached {
                     position: position + span,
-                    copied: 0,
+                    ..Reached::default()
                 });
             } else {
                 break;
@@ -111,6 +111,7 @@ impl Engine {
         }
         Ok(Reached {
             position: stop,
+            read: stop - start,
             copied,
         })
     }
