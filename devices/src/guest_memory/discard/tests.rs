@@ -141,6 +141,28 @@ fn shared_memory_is_freed_in_the_file_as_well() {
 }
 
 #[test]
+fn scattered_pages_of_shared_memory_leave_the_file_and_those_between_them_stay() {
+    for batching in ways() {
+        let batched = batching.is_some();
+        let (ram, file) = shared();
+        fill(&ram);
+        let mut discarder = Discarder::new(&ram, batching, Inhibitor::default()).unwrap();
+        let some: Vec<u64> = (0..SIZE / PAGE).step_by(2).collect();
+        let outcome = discarder.discard(&pages(some.iter().copied()));
+        let count = some.len() as u64;
+        assert_eq!(outcome.bytes, count * PAGE);
+        // Unmapped together, and then punched.
+        let batches = count.div_ceil(BATCH as u64);
+        assert_eq!(outcome.calls, if batched { 2 * batches } else { count });
+        assert_eq!(
+            file.metadata().unwrap().blocks() * 512,
+            SIZE - outcome.bytes
+        );
+        assert_eq!(zeroed(&ram), some);
+    }
+}
+
+#[test]
 fn a_locked_page_is_kept_and_counted_and_the_rest_goes() {
     for batching in ways() {
         let ram = private();
