@@ -6,6 +6,7 @@ mod answers;
 mod bad_input;
 mod differential;
 mod preallocation;
+mod resize;
 mod shell;
 mod tools;
 mod whole;

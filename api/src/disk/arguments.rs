@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use devices::disk::resize::NewSize;
 use devices::disk::{Format, LockGranularity, OpenOptions};
 
 use super::number::parse_size;
@@ -20,6 +21,8 @@ pub enum DiskCommand {
     Repair(RepairOptions),
     /// Copy a disk into a new image
     Convert(Convert),
+    /// Give a disk another size
+    Resize(Resize),
     /// Write what an overlay holds into its backing file
     Commit(Commit),
     /// Tell which parts of the disk are where
@@ -180,6 +183,26 @@ pub struct Convert {
     pub target: PathBuf,
 }
 
+/// `ballast disk resize`.
+#[derive(Args, Clone, Debug)]
+pub struct Resize {
+    /// Which.
+    #[command(flatten)]
+    pub image: Image,
+    /// Size of the disk, with k, M, G or T; after + or - (behind `--`) by how much it changes
+    #[arg(value_name = "[+|-]SIZE", value_parser = new_size)]
+    pub size: NewSize,
+    /// Make it smaller too: a raw image, if there is nothing but zeroes in what is lost
+    #[arg(long)]
+    pub shrink: bool,
+    /// Say nothing
+    #[arg(short)]
+    pub quiet: bool,
+    /// For people or programs
+    #[arg(long, value_enum, default_value = "human")]
+    pub output: Output,
+}
+
 /// `ballast disk commit`.
 #[derive(Args, Clone, Debug)]
 pub struct Commit {
@@ -249,6 +272,14 @@ pub fn format(text: &str) -> Result<Format, String> {
         "raw" => Ok(Format::Raw),
         "qcow2" => Ok(Format::Qcow2),
         other => Err(format!("`{other}` is neither raw nor qcow2")),
+    }
+}
+
+fn new_size(text: &str) -> Result<NewSize, String> {
+    match (text.strip_prefix('+'), text.strip_prefix('-')) {
+        (Some(more), _) => size(more).map(NewSize::More),
+        (None, Some(less)) => size(less).map(NewSize::Less),
+        (None, None) => size(text).map(NewSize::To),
     }
 }
 

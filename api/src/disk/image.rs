@@ -1,4 +1,4 @@
-//! `create`, `info`, `map`, `convert` and `commit`.
+//! `create`, `info`, `map`, `convert`, `resize` and `commit`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,9 +12,11 @@ use devices::disk::qcow2::create::{
 };
 use devices::disk::qcow2::extents::{Extent, Extents};
 use devices::disk::qcow2::info::info as look;
+use devices::disk::resize::resize as change_size;
+use serde::Serialize;
 
 use super::DiskError;
-use super::arguments::{Commit, Convert, Create, Info, Map, Output, format};
+use super::arguments::{Commit, Convert, Create, Info, Map, Output, Resize, format};
 use super::number::parse_size;
 use super::print::{self, Progress, json};
 use super::sandbox::interrupted;
@@ -252,6 +254,38 @@ pub fn convert(options: &Convert, _: &mut dyn Write) -> Result<ExitCode, DiskErr
     });
     progress.end();
     result?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `resize` tells programs.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Resized {
+    filename: String,
+    format: &'static str,
+    previous_size: u64,
+    virtual_size: u64,
+}
+
+/// Gives a disk another size.
+pub fn resize(options: &Resize, out: &mut dyn Write) -> Result<ExitCode, DiskError> {
+    let image = &options.image;
+    let open = image.options(false);
+    let (previous_size, virtual_size) =
+        change_size(image.format, &open, options.size, options.shrink)?;
+    match options.output {
+        Output::Json => json(
+            out,
+            &Resized {
+                filename: image.path.display().to_string(),
+                format: image.format.name(),
+                previous_size,
+                virtual_size,
+            },
+        )?,
+        Output::Human if options.quiet => {}
+        Output::Human => writeln!(out, "Image resized.")?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 

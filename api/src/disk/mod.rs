@@ -60,6 +60,7 @@ pub fn run(command: &DiskCommand) -> ExitCode {
         DiskCommand::Info(info) => image::info(info, &mut out),
         DiskCommand::Map(map) => image::map(map, &mut out),
         DiskCommand::Convert(convert) => image::convert(convert, &mut out),
+        DiskCommand::Resize(resize) => image::resize(resize, &mut out),
         DiskCommand::Commit(commit) => image::commit(commit, &mut out),
         DiskCommand::Check(check) => check::check(check, &mut out),
         DiskCommand::Repair(repair) => check::repair(repair, &mut out),

@@ -1,5 +1,7 @@
 //! An image that is read and written one request at a time, by whoever can wait.
 
+use std::cell::RefCell;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -45,6 +47,32 @@ impl Blocking {
     /// Size of the disk.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// The file in which the image grows.
+    pub fn host_file(&self) -> Arc<File> {
+        self.image.host_file()
+    }
+
+    /// Makes the disk larger, as [`Image::grow`]; nothing of others may be under way.
+    pub fn grow(&mut self, size_bytes: u64) -> Result<(), BuildError> {
+        let queue = RefCell::new(&mut self.queue);
+        let attend = || {
+            let mut queue = queue.borrow_mut();
+            let mut completed = Vec::new();
+            let mut result = queue.attend();
+            while result.is_ok() && queue.held() > 0 {
+                let held = queue.held();
+                result = queue.wait(&mut completed);
+                if queue.held() >= held {
+                    // It comes no further; whoever waits for it is told that it took too long.
+                    break;
+                }
+            }
+        };
+        self.image.grow(size_bytes, &attend)?;
+        self.size_bytes = self.image.size_bytes();
+        Ok(())
     }
 
     /// Begins a request whose range is whole sectors; its completion is among those that

@@ -35,6 +35,7 @@ pub(crate) mod new_file;
 mod open;
 pub mod qcow2;
 pub mod raw;
+pub mod resize;
 mod ring;
 pub mod space;
 pub mod steps;
