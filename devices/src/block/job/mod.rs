@@ -125,7 +125,8 @@ impl Block {
     }
 
     /// Begins a job that moves up to `speed` bytes a second; when its thread has ended, whatever
-    /// the outcome, it calls `wake` last, which must not wait for anybody. Refusals name the field `id`. Called on the VMM thread.
+    /// the outcome, it calls `wake` last, which must not wait for anybody. Refusals name the field
+    /// `id`. Called on the VMM thread.
     pub fn begin_job(
         &self,
         kind: JobKind,

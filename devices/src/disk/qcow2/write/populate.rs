@@ -97,9 +97,13 @@ impl Engine {
                 break;
             }
         }
-        // No unit of it is in the image.
-        let (memory, mut buffers) = own((stop - start) as usize)?;
-        self.read(start, &mut buffers).await?;
+        // No unit of it is in the image. What is beyond the end of the disk becomes zeroes: nothing
+        // of what is below is to come to light where somebody makes the disk larger.
+        let len = stop - start;
+        let (memory, mut buffers) = own(len.next_multiple_of(unit) as usize)?;
+        let mut inside = Buffers::default();
+        buffers.split_to(len, &mut inside);
+        self.read(start, &mut inside).await?;
         let mut copied = 0;
         for (from, to) in data_runs(memory.bytes(), unit as usize) {
             let mut piece = Buffers::default();
@@ -107,11 +111,11 @@ impl Engine {
                 .push_own(&memory, from, to - from)
                 .map_err(io::Error::other)?;
             self.write_alone(start + from as u64, &mut piece).await?;
-            copied += (to - from) as u64;
+            copied += len.min(to as u64) - from as u64;
         }
         Ok(Reached {
             position: stop,
-            read: stop - start,
+            read: len,
             copied,
         })
     }

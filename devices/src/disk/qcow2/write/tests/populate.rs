@@ -62,7 +62,7 @@ fn content(image: &check::Image<'_>, below: &[u8]) -> Vec<u8> {
 }
 
 /// Of the disks.
-const SIZE: u64 = 5 * MIB / 2;
+const SIZE: u64 = 5 * MIB / 2 + 1536;
 
 /// Kind, and how large the backing file is.
 const KINDS: [(&str, u64); 7] = [
@@ -185,6 +185,12 @@ fn an_image_that_stands_alone_has_only_what_is_not_zero() {
         assert_eq!(image.check(), 0);
         assert!(content(&image, &[]) == expected, "{kind}");
         setup.ask_qemu(&bytes);
+        // What is behind its end is not what was below.
+        let mut larger = bytes.clone();
+        let size = SIZE.next_multiple_of(1 << header.cluster_bits);
+        larger[24..32].copy_from_slice(&size.to_be_bytes());
+        let behind = content(&check::Image::new(&larger), &[]).split_off(SIZE as usize);
+        assert!(behind.iter().all(|byte| *byte == 0), "{kind}");
     }
 }
 
