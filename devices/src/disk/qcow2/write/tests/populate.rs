@@ -84,7 +84,7 @@ fn setup(kind: &str, below: u64) -> Option<Setup> {
 
 #[test]
 fn a_power_cut_while_an_image_comes_to_stand_alone_loses_nothing() {
-    let cuts = wanted("BALLAST_POWER_CUTS", 30);
+    let cuts = wanted("BALLAST_POWER_CUTS", 20);
     let mut seen = [0, 0];
     for (number, (kind, below_bytes)) in (1..).zip(KINDS) {
         let Some(setup) = setup(kind, below_bytes) else {
