@@ -10,6 +10,7 @@
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   leaks ──── what a killed process left behind
 //!   populate ─ what is below comes into the image, which then needs it no more
+//!   zero ───── discards and other zeroes
 //!   cluster, refcounts, extents, pages ── pure
 //! ```
 //!
@@ -35,6 +36,7 @@ mod refcounts;
 mod request;
 #[cfg(test)]
 mod tests;
+mod zero;
 
 pub use control::{Control, GrowError};
 pub use open::Writable;

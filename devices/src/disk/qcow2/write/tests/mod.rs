@@ -8,6 +8,7 @@ mod hostile;
 mod leaks;
 mod populate;
 mod sim;
+mod zero;
 
 use std::collections::BTreeMap;
 use std::io;
