@@ -15,6 +15,7 @@ mod bad_limits;
 mod bad_requests;
 mod cpu;
 mod create_disk;
+mod dirty_disk;
 mod full_disk;
 mod governor;
 mod hostile_clients;

@@ -7,6 +7,7 @@
 use devices::allow;
 use devices::block;
 use devices::config;
+use devices::disk::qcow2::check;
 use devices::legacy::console;
 use devices::sandbox::{Allow, COMMON, Test, WORKER};
 
@@ -42,6 +43,7 @@ pub fn vmm_thread() -> Vec<&'static [Allow]> {
     ];
     lists.extend(boot::SYSCALLS);
     lists.push(config::BUILD);
+    lists.push(check::SYSCALLS);
     lists.push(block::CREATE_SYSCALLS);
     lists.push(block::snapshot::SYSCALLS);
     lists.extend(config::thread_kinds().into_iter().flat_map(|kind| kind.1));

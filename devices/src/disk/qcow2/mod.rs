@@ -85,7 +85,14 @@ const TOLD_SNAPSHOTS: usize = 1024;
 impl Qcow2Image {
     /// Opens and locks all of the chain.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
-        let (chain, top) = Chain::open(options)?;
+        let (mut chain, mut top) = Chain::open(options)?;
+        if top.header.writing.dirty && !top.header.corrupt && !options.readonly {
+            if !top.host.block_device {
+                check::settle(options, &top.header, &top.host.file)?;
+            }
+            let (again, anew) = Chain::open_again(options, &top.host)?;
+            (chain, top) = (again, anew);
+        }
         Self::of(chain, top, options)
     }
 

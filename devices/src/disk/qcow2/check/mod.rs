@@ -20,6 +20,7 @@
 mod copied;
 mod refcounts;
 mod repair;
+mod settle;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -34,6 +35,7 @@ use super::details::{Details, ReadError};
 use crate::config::{BuildError, Invalid};
 
 pub use repair::empty;
+pub use settle::{SYSCALLS, settle};
 
 /// Clusters whose references are counted at a time; 4 bytes each. Tests have few, so that small
 /// images have several windows.
@@ -101,17 +103,28 @@ pub fn check(
         direct: false,
         ..options.clone()
     })?;
-    let fail = |error| match error {
+    check_file(&host.file, repair, MAX_TABLES_READ, listener).map_err(|error| match error {
         ReadError::Io(error) => BuildError::host(format!("checking {path}"), error),
         ReadError::Unusable(why) => Invalid::new("path", format!("{path}: {why}")).into(),
-    };
-    let details = Details::read(&host.file, host.size_bytes).map_err(fail)?;
-    let mut first = Checker::new(&host.file, &details, repair, listener);
-    first.run().map_err(fail)?;
+    })
+}
+
+/// The same for a file that is open and locked, and not through O_DIRECT. More than `most_tables` L2
+/// tables, all looks at them together, are not read.
+fn check_file(
+    file: &File,
+    repair: Repair,
+    most_tables: u64,
+    listener: &mut Listener<'_>,
+) -> Result<Report, ReadError> {
+    let details = Details::read(file, file.metadata()?.len())?;
+    let mut first = Checker::new(file, &details, repair, listener);
+    first.most_tables = most_tables;
+    first.run()?;
     let rebuild = first.wants_rebuild && repair == Repair::All && first.senseless == 0;
     let (before, mut changed) = (first.report, first.changed);
     if rebuild {
-        first.rebuild().map_err(fail)?;
+        first.rebuild()?;
         changed = true;
     }
     if repair == Repair::Nothing {
@@ -119,27 +132,26 @@ pub fn check(
     }
     let mut after = before;
     if changed {
-        host.file.sync_data().map_err(|e| fail(e.into()))?;
-        let size = host.file.metadata().map_err(|e| fail(e.into()))?.len();
-        let details = Details::read(&host.file, size).map_err(fail)?;
+        file.sync_data()?;
+        let details = Details::read(file, file.metadata()?.len())?;
         // COPIED bits follow the refcounts, which are right only now.
-        let mut second = Checker::new(&host.file, &details, repair, listener);
-        second.copied().map_err(fail)?;
+        let mut second = Checker::new(file, &details, repair, listener);
+        second.copied()?;
         let mut quiet = |_: &str| {};
         let mut listener = Listener {
             finding: &mut quiet,
             progress: listener.progress,
         };
-        let mut last = Checker::new(&host.file, &details, Repair::Nothing, &mut listener);
-        last.run().map_err(fail)?;
+        let mut last = Checker::new(file, &details, Repair::Nothing, &mut listener);
+        last.run()?;
         after = last.report;
         after.corruptions_fixed = before.corruptions.saturating_sub(after.corruptions);
         after.leaks_fixed = before.leaks.saturating_sub(after.leaks);
     }
     if after.corruptions == 0 {
-        repair::mark_sound(&host.file, &details).map_err(|e| fail(e.into()))?;
+        repair::mark_sound(file, &details)?;
     }
-    host.file.sync_data().map_err(|e| fail(e.into()))?;
+    file.sync_data()?;
     Ok(after)
 }
 
@@ -172,6 +184,8 @@ struct Checker<'a, 'l> {
     /// The last cluster that is used.
     highest: u64,
     work: (u64, u64),
+    /// L2 tables that are read at most, again and again.
+    most_tables: u64,
 }
 
 impl<'a, 'l> Checker<'a, 'l> {
@@ -204,6 +218,7 @@ impl<'a, 'l> Checker<'a, 'l> {
             without_refcounts: false,
             highest: 0,
             work: (0, 0),
+            most_tables: MAX_TABLES_READ,
         }
     }
 
@@ -212,6 +227,7 @@ impl<'a, 'l> Checker<'a, 'l> {
         self.list_l2_tables()?;
         self.work = (0, self.l2_tables.len() as u64 + 1);
         self.touched.insert(0);
+        self.bound(1)?;
         self.count_window(0)?;
         self.first = false;
         self.bound(self.touched.len() as u64)?;
@@ -249,9 +265,9 @@ impl<'a, 'l> Checker<'a, 'l> {
     /// Whether so many windows can be counted in a time that anybody waits for.
     fn bound(&self, windows: u64) -> Result<(), ReadError> {
         let tables = self.l2_tables.len() as u64;
-        if windows > MAX_WINDOWS || windows.saturating_mul(tables) > MAX_TABLES_READ {
+        if windows > MAX_WINDOWS || windows.saturating_mul(tables) > self.most_tables {
             return Err(too_much(
-                "its clusters are strewn over too large a file to be checked",
+                "it has too many tables, or its clusters are strewn over too large a file, to be checked",
             ));
         }
         Ok(())

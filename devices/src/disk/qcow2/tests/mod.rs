@@ -1,6 +1,7 @@
 //! The engine by itself, over images that qemu-img made and over hostile ones.
 
 mod chains;
+mod dirty;
 mod hostile;
 mod kinds;
 pub(crate) mod qemu;

@@ -221,8 +221,8 @@ fn check(header: &Header, layout: &Layout, layer: &Layer, path: &Path) -> Result
     }
     if header.writing.dirty {
         return no(
-            "its refcounts are not up to date (dirty bit): it was not closed cleanly; repair it \
-             first (`qemu-img check -r all`), or open it `readonly`",
+            "its refcounts are not up to date (dirty bit): somebody has opened and not closed it \
+             meanwhile",
         );
     }
     let block = block_bytes(layer);

@@ -1,0 +1,90 @@
+//! An image that is marked as dirty is mended before it is written to.
+//!
+//! Who has the compatible feature "lazy refcounts" may set the dirty bit and then write L2 tables
+//! without the refcounts that belong to them; where such a process dies the refcounts must be built
+//! anew before anything is allocated (`docs/interop/qcow2.txt`, "Incompatible features", bit 0).
+//! QEMU does it when it opens the image, and so do we: refcounts and COPIED bits are set right and
+//! synced, and only then the bit goes, so that whoever dies on the way leaves an image that is dirty
+//! still, for the next to mend. Afterwards the bit stays clear: we write refcounts as they are.
+
+use std::fs::File;
+
+use super::super::super::OpenOptions;
+use super::super::super::open::open_unlocked;
+use super::super::chain::{failed, refused};
+use super::super::details::ReadError;
+use super::super::header::Header;
+use super::{Listener, Repair, check_file};
+use crate::allow;
+use crate::config::BuildError;
+use crate::sandbox::Allow;
+
+/// Bytes of L2 tables that are read, in one walk over all windows: seconds, in which the VMM does
+/// nothing else. An image of 1 TiB with clusters of 64 KiB has 128 MiB, and four windows.
+const MOST_BYTES: u64 = 1 << 30;
+
+/// What [`settle`] calls, beside what opening does.
+pub const SYSCALLS: &[Allow] = &[
+    allow!(fdatasync),
+    allow!(fsync),
+    allow!(ftruncate),
+    allow!(pread64),
+    allow!(pwrite64),
+];
+
+/// Mends an image that is marked as dirty. `locked` is its file, open and locked for writing.
+///
+/// Errors name the field `path`: an image that contradicts itself beyond its refcounts is left as
+/// it is, dirty, and so is one that is too large to be mended while somebody waits.
+pub fn settle(options: &OpenOptions, header: &Header, locked: &File) -> Result<(), BuildError> {
+    let path = options.path.as_path();
+    // Not through O_DIRECT, which this file may have been opened with.
+    let host = open_unlocked(&OpenOptions {
+        readonly: false,
+        direct: false,
+        ..options.clone()
+    })?;
+    if !is_same(&host.file, locked).map_err(|e| failed(path, e))? {
+        return Err(refused(path, "another file has come in its place"));
+    }
+    let most_tables = MOST_BYTES >> header.cluster_bits;
+    let mut listener = Listener {
+        finding: &mut |_| {},
+        progress: &mut |_, _| {},
+    };
+    let hint = "it was not closed cleanly (dirty bit)";
+    let report =
+        check_file(&host.file, Repair::All, most_tables, &mut listener).map_err(|error| {
+            match error {
+                // What is said of an image that is beyond a bound.
+                ReadError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => refused(
+                    path,
+                    format!("{hint} and can't be mended now: {error} (`ballast disk repair`)"),
+                ),
+                ReadError::Io(error) => {
+                    BuildError::host(format!("mending {}, as {hint}", path.display()), error)
+                }
+                ReadError::Unusable(why) => refused(path, format!("{hint}: {why}")),
+            }
+        })?;
+    if report.corruptions > 0 {
+        let count = report.corruptions;
+        let reason = format!(
+            "{hint}, and {count} contradictions in it can't be mended (`ballast disk check` tells \
+             which); it can only be read (`readonly`)"
+        );
+        return Err(refused(path, reason));
+    }
+    tracing::info!(
+        path = %path.display(),
+        refcounts = report.corruptions_fixed,
+        leaks = report.leaks_fixed,
+        "a qcow2 image that was not closed cleanly was mended"
+    );
+    Ok(())
+}
+
+fn is_same(file: &File, other: &File) -> std::io::Result<bool> {
+    let (a, b) = (rustix::fs::fstat(file)?, rustix::fs::fstat(other)?);
+    Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
+}
