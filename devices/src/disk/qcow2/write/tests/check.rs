@@ -1,11 +1,12 @@
 //! A checker of its own: what `qemu-img check` looks for, in memory, and what the disk then holds.
 
+use super::super::super::decompress::Inflated;
 use super::super::super::header::Header;
 use super::super::super::map::{Layout, OFFSET};
 use super::super::cluster::{Cluster, Host};
 use super::super::refcounts::Widths;
 
-/// An image in memory; no compressed clusters are read, but they are counted.
+/// An image in memory.
 pub struct Image<'a> {
     bytes: &'a [u8],
     header: Header,
@@ -153,7 +154,12 @@ impl<'a> Image<'a> {
         leaks
     }
 
-    /// What the disk holds, over `backing`; `None` for compressed clusters.
+    /// Whether a bitmap, say, is still taken to tell the truth.
+    pub fn has_autoclear(&self) -> bool {
+        self.header.writing.autoclear != 0
+    }
+
+    /// What the disk holds, over `backing`; `None` where a compressed cluster is broken.
     pub fn content(&self, backing: &[u8]) -> Vec<Option<[u8; 512]>> {
         let layout = &self.layout;
         let unit = layout.unit_bytes();
@@ -166,6 +172,7 @@ impl<'a> Image<'a> {
             bytes[..end - start].copy_from_slice(&file[start..end]);
             Some(bytes)
         };
+        let mut inflated = Inflated::default();
         let mut content = Vec::new();
         let mut position = 0;
         while position < self.header.size_bytes {
@@ -182,7 +189,16 @@ impl<'a> Image<'a> {
                 let cluster = &clusters[index as usize];
                 let bit = 1_u32 << (within / unit);
                 content.push(match cluster.host {
-                    Host::Compressed(_) => None,
+                    Host::Compressed(data) => {
+                        let name = (0, data);
+                        let end = (data.offset as usize + data.len).min(self.bytes.len());
+                        let input = self.bytes.get(data.offset as usize..end).unwrap_or(&[]);
+                        let whole =
+                            inflated.holds(name) || inflated.fill(name, layout, input).is_ok();
+                        let mut bytes = [0; 512];
+                        inflated.copy_to(within as usize, &mut bytes);
+                        whole.then_some(bytes)
+                    }
                     Host::Owned(host) | Host::Shared(host) if cluster.data & bit != 0 => {
                         sector(self.bytes, host + within)
                     }

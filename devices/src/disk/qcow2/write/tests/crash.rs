@@ -11,6 +11,8 @@ pub struct Setup {
     pub path: std::path::PathBuf,
     backing: Option<(std::path::PathBuf, Vec<u8>)>,
     size: u64,
+    /// Clusters that only a bitmap refers to, which is none any more after the first write.
+    given_up: u64,
 }
 
 impl Setup {
@@ -45,7 +47,38 @@ impl Setup {
             path,
             backing,
             size,
+            given_up: 0,
         })
+    }
+
+    /// One whose clusters are compressed, some of them twice: in a snapshot as well.
+    fn compressed(kind: &str, size: u64) -> Option<Self> {
+        let setup = Self::over(kind, None, false, size)?;
+        let raw = setup.folder.path().join("content.raw");
+        let sectors = (0..size / 512).flat_map(|n| bytes_of(n << 32 | 0xee));
+        std::fs::write(&raw, sectors.collect::<Vec<u8>>()).unwrap();
+        let path = setup.path.display();
+        std::fs::remove_file(&setup.path).unwrap();
+        qemu::img(&format!(
+            "convert -c -f raw -O qcow2 -o {kind} {} {path}",
+            raw.display()
+        ));
+        qemu::img(&format!("snapshot -c one {path}"));
+        Some(setup)
+    }
+
+    /// One with a bitmap that QEMU keeps.
+    fn with_bitmap(kind: &str, size: u64) -> Option<Self> {
+        let mut setup = Self::over(kind, None, false, size)?;
+        let path = setup.path.display();
+        qemu::img(&format!("bitmap --add {path} dirty"));
+        qemu::io(&setup.path, &[format!("write -P 0 0 {}", size / 2)]);
+        let bytes = std::fs::read(&setup.path).unwrap();
+        let image = check::Image::new(&bytes);
+        assert!(image.has_autoclear());
+        setup.given_up = image.check();
+        assert!(setup.given_up > 0);
+        Some(setup)
     }
 
     pub fn backing(&self) -> &[u8] {
@@ -163,7 +196,18 @@ fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
         let bytes = shared.lock().unwrap().after_cut(time, &mut random);
         let image = check::Image::new(&bytes);
         image.check();
-        assert_survived(&driver, &image.content(setup.backing()), time);
+        let content = image.content(setup.backing());
+        assert_survived(&driver, &content, time);
+        if image.has_autoclear() {
+            // Nothing may have changed without the bitmap.
+            for (number, (sector, bytes)) in (0..).zip(driver.sectors.iter().zip(&content)) {
+                let first = &sector.values[..1];
+                let then = Sector {
+                    values: first.to_vec(),
+                };
+                then.assert_now(bytes.as_ref().unwrap(), number);
+            }
+        }
         if cut % 50 == 0 {
             setup.ask_qemu(&bytes);
         }
@@ -176,7 +220,7 @@ fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
     driver.queue.close().unwrap();
     let bytes = shared.lock().unwrap().bytes.clone();
     let image = check::Image::new(&bytes);
-    assert_eq!(image.check(), 0, "leaks");
+    assert_eq!(image.check(), setup.given_up, "leaks");
     setup.ask_qemu(&bytes);
     let sectors = image.content(setup.backing());
     let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
@@ -236,6 +280,31 @@ fn a_power_cut_at_every_moment_of_a_short_workload_is_survived() {
             return;
         };
         power_cuts(&setup, seed(number), 12, ALL);
+    }
+}
+
+#[test]
+fn a_power_cut_harms_neither_compressed_clusters_nor_bitmaps() {
+    let states = wanted("BALLAST_POWER_CUTS", 40);
+    let compressed = [
+        "compat=1.1",
+        "cluster_size=4k,compression_type=zstd",
+        "extended_l2=on,cluster_size=16k",
+        "compat=0.10,cluster_size=4k",
+    ];
+    for (number, kind) in (70..).zip(compressed) {
+        let Some(setup) = Setup::compressed(kind, 2 * MIB) else {
+            return;
+        };
+        power_cuts(&setup, seed(number * 1000), 120, states);
+        power_cuts(&setup, seed(number * 1000 + 1), 12, ALL);
+    }
+    for (number, kind) in (80..).zip(["cluster_size=64k", "cluster_size=4k"]) {
+        let Some(setup) = Setup::with_bitmap(kind, 2 * MIB) else {
+            return;
+        };
+        power_cuts(&setup, seed(number * 1000), 120, states);
+        power_cuts(&setup, seed(number * 1000 + 1), 12, ALL);
     }
 }
 
