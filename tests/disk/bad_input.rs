@@ -1,6 +1,7 @@
 //! Images that are none, and images that lie: an answer or a refusal, in bounded time and memory,
 //! and never a crash.
 
+use std::io::{Read, Write};
 use std::path::Path;
 
 use super::tools::{disk, folder, img, names, samples};
@@ -182,4 +183,97 @@ fn an_answer_that_nobody_reads_ends_quietly() {
         .current_dir(folder)
         .output();
     assert_eq!(output.unwrap().stdout, b"");
+}
+
+/// A shell of commands with an image open, that is told one after another what to do.
+struct Shell(std::process::Child);
+
+impl Shell {
+    fn open(folder: &Path, arguments: &[&str]) -> Self {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ballast"));
+        let child = command
+            .args(["disk", "io"])
+            .args(arguments)
+            .current_dir(folder)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn();
+        Self(child.unwrap())
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.0.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    /// Says something, and waits until an answer has this in it.
+    fn ask(&mut self, line: &str, answer: &str) {
+        self.say(line);
+        let mut said = Vec::new();
+        while !String::from_utf8_lossy(&said).contains(answer) {
+            let mut byte = [0];
+            let read = self.0.stdout.as_mut().unwrap().read(&mut byte).unwrap();
+            assert_eq!(read, 1, "{line}: {}", String::from_utf8_lossy(&said));
+            said.push(byte[0]);
+        }
+    }
+
+    /// What it says to these and to the end; it does not crash.
+    fn end(mut self, lines: &[&str]) -> String {
+        lines.iter().for_each(|line| self.say(line));
+        let output = self.0.wait_with_output().unwrap();
+        assert!(output.status.code().is_some(), "{output:?}");
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        assert!(!text.contains("panicked"), "{text}");
+        text
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_while_it_is_open_gives_errors_and_nothing_else() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    for (format, name) in [("raw", "flat"), ("qcow2", "thin")] {
+        img(folder, &format!("create -q -f {format} {name} 8M")).good();
+        super::tools::io(folder, true, format, name, &["write -P 7 0 4M"]).good();
+        let mut shell = Shell::open(folder, &["-f", format, name]);
+        shell.ask("read -P 7 0 4M", "read 4194304");
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(folder.join(name));
+        file.unwrap().set_len(1 << 20).unwrap();
+        let said = shell.end(&[
+            "read -P 7 2M 1M",
+            "write -P 8 3M 64k",
+            "flush",
+            "read 0 512",
+        ]);
+        assert!(said.contains("read failed: Input/output error"), "{said}");
+        // Whatever is left of it, looking at it is safe.
+        if format == "qcow2" {
+            all_end(folder, name, "cut short while it was open");
+        }
+    }
+}
+
+#[test]
+fn a_backing_file_that_is_replaced_while_it_is_open_is_still_the_old_one() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    img(folder, "create -q -f raw base 4M").good();
+    super::tools::io(folder, false, "raw", "base", &["write -P 7 0 4M"]).good();
+    img(folder, "create -q -f qcow2 -b base -F raw top").good();
+    let mut shell = Shell::open(folder, &["--backing-files", "-f", "qcow2", "top"]);
+    shell.ask("read -P 7 0 1M", "read 1048576");
+    std::fs::rename(folder.join("base"), folder.join("old")).unwrap();
+    img(folder, "create -q -f raw base 1M").good();
+    let said = shell.end(&["read -P 7 2M 1M", "write -P 8 3M 1k", "read -P 7 3073k 1k"]);
+    assert!(!said.contains("failed"), "{said}");
+    // The copy was made from the old one.
+    std::fs::rename(folder.join("old"), folder.join("base")).unwrap();
+    img(folder, "check -q -f qcow2 top").good();
+    let reads = ["read -P 7 0 3M", "read -P 8 3M 1k", "read -P 7 3073k 1023k"];
+    let said = super::tools::io(folder, false, "qcow2", "top", &reads).good();
+    assert!(!said.contains("failed"), "{said}");
 }

@@ -11,6 +11,7 @@ mod support;
 mod bad_balloons;
 mod bad_configs;
 mod bad_files;
+mod bad_images;
 mod bad_limits;
 mod bad_requests;
 mod cpu;

@@ -24,6 +24,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use crate::disk::qcow2::create::Preallocation;
@@ -205,7 +206,15 @@ impl Block {
                     .take(1)
                     .for_each(|w| w.order(Order::Attend))
             };
-            image.grow(size_bytes, &attend)?;
+            image
+                .grow(size_bytes, &attend)
+                .map_err(|error| match error {
+                    BuildError::Host { doing, source } if lacks_space(&source) => {
+                        let reason = format!("the host has no space for it: {doing}: {source}");
+                        Invalid::new("desired_size", reason).into()
+                    }
+                    other => other,
+                })?;
         }
         Ok(())
     }
@@ -220,6 +229,11 @@ impl Block {
     pub fn set_size(&self) {
         self.shared.set_size(self.size_bytes());
     }
+}
+
+/// Whether the host has no space, or no more for us.
+fn lacks_space(error: &std::io::Error) -> bool {
+    Errno::from_io_error(error).is_some_and(space::is_no_space)
 }
 
 /// What the thread of a queue shares with nobody but its device.

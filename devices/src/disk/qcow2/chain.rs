@@ -372,6 +372,10 @@ fn open_host(options: &OpenOptions, path: &Path, how: Opening) -> Result<HostFil
 fn read_header(host: &HostFile, path: &Path) -> Result<Header, BuildError> {
     let read = |len| read(host, 0, len).map_err(|e| failed(path, e));
     let unusable = |unusable: Unusable| refused(path, unusable.to_string());
+    if host.size_bytes == 0 {
+        // Files of /proc have no size either, and reading them can fail in odd ways.
+        return Err(unusable(Unusable::TooShort("header")));
+    }
     let start = read(512)?;
     let cluster = header::cluster_bytes(&start).map_err(unusable)?;
     let header = Header::parse(&read(cluster.min(MAX_CLUSTER))?).map_err(unusable)?;
