@@ -24,11 +24,11 @@ const CHUNK: u64 = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A file system of one MiB; gone when dropped.
-struct Small(tempfile::TempDir);
+pub struct Small(tempfile::TempDir);
 
 impl Small {
     /// `None`, loudly, where nothing can be mounted.
-    fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
@@ -41,7 +41,7 @@ impl Small {
         None
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
@@ -63,7 +63,7 @@ impl Small {
     }
 
     /// Makes it a larger one.
-    fn enlarge(&self) {
+    pub fn enlarge(&self) {
         let mounted = Command::new("mount")
             .args(["-o", "remount,size=64m"])
             .arg(self.0.path())

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use super::enospc::Small;
 use super::*;
 use crate::block::job::{Job, JobKind, JobStatus};
 use crate::block::snapshot::snapshot;
@@ -409,6 +410,36 @@ fn what_can_not_be_read_below_ends_a_job_and_says_where() {
         assert!(content(&mut disk) == expected(0, SIZE as usize));
         drop((job, disk));
         check(&path);
+    }
+}
+
+#[test]
+fn a_host_that_is_full_ends_a_job_and_with_more_space_another_goes_on() {
+    let Some(folder) = qemu::folder() else { return };
+    for sync in [false, true] {
+        let Some(small) = Small::new() else { return };
+        let (base, _) = images(folder.path(), "cluster_size=64k");
+        let options = format!("backing_file={},backing_fmt=raw", base.display());
+        let path = qemu::create(&small.path(""), "top.qcow2", &options, SIZE);
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let (job, told) = begin(&disk.block, None);
+        told.recv_timeout(PATIENCE).unwrap();
+        let JobStatus::Failed(reason) = job.view().status else {
+            panic!("{:?}", job.view());
+        };
+        assert!(reason.contains("No space left"), "{reason}");
+        drop(job);
+        assert!(content(&mut disk) == expected(0, SIZE as usize));
+        assert!(disk.io_errors().is_empty());
+        small.enlarge();
+        let (mut job, told) = begin(&disk.block, None);
+        told.recv_timeout(PATIENCE).unwrap();
+        job.conclude(&disk.block, true).unwrap();
+        assert!(content(&mut disk) == expected(0, SIZE as usize));
+        drop((job, disk));
+        check(&path);
+        assert!(qemu::content(&path) == expected(0, SIZE as usize));
+        std::fs::remove_file(folder.path().join("overlay.qcow2")).unwrap();
     }
 }
 
