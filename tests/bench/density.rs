@@ -104,6 +104,14 @@ impl Case {
     }
 }
 
+/// Why no more guests are started.
+pub enum Stop {
+    /// The ledger did not admit one more: its answer.
+    Refused(String),
+    /// Something went wrong.
+    Trouble(String),
+}
+
 struct Host<'a> {
     options: &'a Options,
     case: Case,
@@ -165,8 +173,16 @@ impl<'a> Host<'a> {
             }
             let more = if well == 0 { self.options.first } else { MORE };
             let began = Instant::now();
-            if let Err(trouble) = self.start_guests(more.min(room)) {
-                break trouble;
+            let refused = match self.start_guests(more.min(room)) {
+                Ok(()) => None,
+                // Those that were admitted before are looked at like any others.
+                Err(Stop::Refused(numbers)) => Some(numbers),
+                Err(Stop::Trouble(trouble)) => break trouble,
+            };
+            if let Some(numbers) = &refused
+                && self.guests.len() == well
+            {
+                break format!("admission: one more was refused ({numbers})");
             }
             eprintln!(
                 "bench: {}: {} guests are up after {:.0} s",
@@ -182,6 +198,9 @@ impl<'a> Host<'a> {
             well = self.guests.len();
             pace = self.pace(before);
             self.tell(pace);
+            if let Some(numbers) = refused {
+                break format!("admission: one more was refused ({numbers})");
+            }
         };
         self.tell(pace);
         let with = self.guests.len();
@@ -193,7 +212,7 @@ impl<'a> Host<'a> {
     fn with_kills(mut self, count: usize) -> String {
         let mut kills = 0;
         let before = (Instant::now(), Told::default());
-        let ended = self.start_guests(count).and_then(|()| {
+        let ended = self.start_all(count).and_then(|()| {
             while kills < KILLS {
                 let wait = Duration::from_millis(u64::from(random()) % KILL_GAP_MS);
                 self.watch(wait)?;
@@ -201,7 +220,7 @@ impl<'a> Host<'a> {
                 victim.kill();
                 drop(victim);
                 kills += 1;
-                self.start_guests(1)?;
+                self.start_all(1)?;
             }
             // What was done with the dead is no rule: a period without kills, for the pace.
             let before = (Instant::now(), self.told());
@@ -226,13 +245,30 @@ impl<'a> Host<'a> {
         )
     }
 
-    /// Starts guests, some at a time, and sets them to work when all are up.
-    fn start_guests(&mut self, count: usize) -> Result<(), String> {
+    /// Starts guests, none of which may be refused.
+    fn start_all(&mut self, count: usize) -> Result<(), String> {
+        self.start_guests(count).map_err(|stop| match stop {
+            Stop::Refused(numbers) => format!("admission ({numbers})"),
+            Stop::Trouble(trouble) => trouble,
+        })
+    }
+
+    /// Starts guests, some at a time, and sets them to work when all are up, or all that were
+    /// admitted.
+    fn start_guests(&mut self, count: usize) -> Result<(), Stop> {
         let old = self.guests.len();
-        while self.guests.len() < old + count {
+        let mut refused = None;
+        while self.guests.len() < old + count && refused.is_none() {
             let from = self.guests.len();
             for _ in 0..AT_ONCE.min(old + count - from) {
-                self.start_guest()?;
+                match self.start_guest() {
+                    Ok(()) => {}
+                    Err(Stop::Refused(numbers)) => {
+                        refused = Some(numbers);
+                        break;
+                    }
+                    trouble @ Err(_) => return trouble,
+                }
             }
             let up = within(self.patience(), || {
                 thread::sleep(Duration::from_millis(100));
@@ -240,17 +276,19 @@ impl<'a> Host<'a> {
                 let trouble = self.trouble();
                 (all || trouble.is_some()).then_some(trouble)
             });
-            if let Some(trouble) = up.ok_or("a guest that does not come up")? {
-                return Err(trouble);
+            match up {
+                Some(None) => {}
+                Some(Some(trouble)) => return Err(Stop::Trouble(trouble)),
+                None => return Err(Stop::Trouble("a guest that does not come up".to_owned())),
             }
         }
         for guest in &mut self.guests[old..] {
             guest.set_to_work(self.options.period);
         }
-        Ok(())
+        refused.map_or(Ok(()), |numbers| Err(Stop::Refused(numbers)))
     }
 
-    fn start_guest(&mut self) -> Result<(), String> {
+    fn start_guest(&mut self) -> Result<(), Stop> {
         let (options, case) = (self.options, self.case);
         let guest = Guest::start(options, case, self.ledger.path(), self.started)?;
         if self.started == 0

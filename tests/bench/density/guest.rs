@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{BURST_MIB, Case, GUARANTEED_SIZE, MAX_SIZE, Policy};
+use super::{BURST_MIB, Case, GUARANTEED_SIZE, MAX_SIZE, Policy, Stop};
 use crate::Options;
 use crate::support::agent::{Agent, READY};
 use crate::support::ballast::{Ballast, Launch};
@@ -42,7 +42,7 @@ impl Guest {
         case: Case,
         ledger: &Path,
         number: usize,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Stop> {
         let mut launch = Launch::of("/bin/sh".as_ref());
         let (socket, serial) = (launch.path("api.sock"), launch.path("serial"));
         // Who counts is spared by the host's OOM killer, and a guest is not.
@@ -57,15 +57,19 @@ impl Guest {
         }
         launch.command().arg("-c").arg(command);
         let ballast = launch.start();
-        let mut api = Client::connect(&socket).map_err(|e| format!("no API: {e}"))?;
+        let mut api =
+            Client::connect(&socket).map_err(|e| Stop::Trouble(format!("no API: {e}")))?;
         let config = config(options, case.policy, &serial).to_string();
         for (operation, body) in [("vm.create", Some(config.as_str())), ("vm.boot", None)] {
             let answer = api.request("PUT", operation, body);
             if answer.status == 507 {
-                return Err("the guarantees fill the host: one more was not admitted".to_owned());
+                return Err(Stop::Refused(answer.text()));
             }
             if answer.status >= 300 {
-                return Err(format!("{operation} answered {}", answer.text()));
+                let (status, text) = (answer.status, answer.text());
+                return Err(Stop::Trouble(format!(
+                    "{operation} answered {status}: {text}"
+                )));
             }
         }
         Ok(Self {
