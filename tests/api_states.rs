@@ -242,7 +242,7 @@ fn a_bad_configuration_is_400_names_its_field_and_creates_nothing() {
             "image_type Vhdx",
         ),
         (
-            r#"{"disks":[{"path":"/a","image_type":"Qcow2","num_queues":2}],"cpus":{"boot_vcpus":2}}"#,
+            r#"{"disks":[{"path":"/a","image_type":"Qcow2","num_queues":32,"queue_size":1024}],"cpus":{"boot_vcpus":32}}"#,
             "disks[0].num_queues",
         ),
         (

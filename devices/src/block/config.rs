@@ -14,6 +14,10 @@ use crate::rate_limiter::RateLimiterConfig;
 /// What `l2_cache_size` may be.
 const L2_CACHE_SIZES: RangeInclusive<u64> = 1 << 20..=1 << 30;
 
+/// Descriptors of all the queues that one thread may serve: what an engine is made to hold, well
+/// within the entries of an io_uring (32768).
+const MAX_DESCRIPTORS: u32 = 16384;
+
 /// A virtio block device and the image behind it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiskConfig {
@@ -29,8 +33,8 @@ pub struct DiskConfig {
     /// Bypass the host's page cache (O_DIRECT).
     #[serde(default)]
     pub direct: bool,
-    /// Virtqueues, each served by a thread of its own; at most as many as the VM has vCPUs. A qcow2
-    /// image that is written to has 1.
+    /// Virtqueues, at most as many as the VM has vCPUs, each served by a thread of its own; those of
+    /// a qcow2 image that is written to by one thread, and with 16384 descriptors at most in all.
     #[serde(default = "one")]
     #[schema(minimum = 1, maximum = 64)]
     pub num_queues: u16,
@@ -139,7 +143,7 @@ pub enum ImageType {
     /// The bytes of the disk, as they are.
     #[default]
     Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3. One that is written to has one queue.
+    /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
     /// Accepted for Cloud Hypervisor's clients; means `Raw`.
     Unknown,
@@ -173,6 +177,19 @@ fn yes() -> bool {
 }
 
 impl DiskConfig {
+    /// Whether all queues are served by one thread, which owns the image's metadata.
+    fn has_owner(&self) -> bool {
+        self.image_type == ImageType::Qcow2 && !self.readonly
+    }
+
+    /// How many queues a thread serves: one, or all.
+    pub(super) fn queues_per_thread(&self) -> u16 {
+        match self.has_owner() {
+            true => self.num_queues.max(1),
+            false => 1,
+        }
+    }
+
     /// Checks all that can be known without looking at the host or at other devices.
     pub fn validate(&self) -> Result<(), Invalid> {
         if self.path.as_os_str().is_empty() {
@@ -188,12 +205,14 @@ impl DiskConfig {
             ));
         }
         let qcow2 = self.image_type == ImageType::Qcow2;
-        if qcow2 && !self.readonly && self.num_queues != 1 {
-            return Err(Invalid::new(
-                "num_queues",
-                "not supported yet: more than one queue for a Qcow2 image that is written to; \
-                 must be 1, or the disk `readonly`",
-            ));
+        let descriptors = u32::from(self.num_queues) * u32::from(self.queue_size);
+        if self.has_owner() && descriptors > MAX_DESCRIPTORS {
+            let reason = format!(
+                "the queues of a Qcow2 image that is written to have {MAX_DESCRIPTORS} descriptors \
+                 at most, and {} of {} are {descriptors}",
+                self.num_queues, self.queue_size
+            );
+            return Err(Invalid::new("num_queues", reason));
         }
         if self.backing_files && !qcow2 {
             return Err(Invalid::new(

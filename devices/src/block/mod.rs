@@ -2,7 +2,8 @@
 //!
 //! One sandboxed thread per queue (`worker`), each with a queue of its own into the disk engine
 //! ([`crate::disk`]); nothing is shared between them but a few atomics and, where one is
-//! configured, the rate limiter.
+//! configured, the rate limiter. A qcow2 image that is written to has one owner of its metadata, and
+//! so one thread for all queues.
 
 mod config;
 mod counters;
@@ -104,26 +105,24 @@ impl Block {
             hold: hold.clone(),
             detect_zeroes: config.detect_zeroes,
         };
+        let queues = usize::from(config.num_queues);
+        let counters: Vec<Arc<QueueCounters>> = (0..queues).map(|_| Arc::default()).collect();
         let mut retries = Vec::new();
-        let mut counters = Vec::new();
         let mut workers = Vec::new();
-        for index in 0..config.num_queues {
-            let signals = Signals {
-                counters: Arc::default(),
-                retry_now: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-                    .map(Arc::new)
-                    .map_err(|e| BuildError::host("making an eventfd", e))?,
+        let mut first = 0;
+        for counters in counters.chunks(usize::from(config.queues_per_thread())) {
+            let retry_now = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+                .map(Arc::new)
+                .map_err(|e| BuildError::host("making an eventfd", e))?;
+            retries.push(retry_now.clone());
+            let served = Served {
+                first,
+                counters: counters.to_vec(),
+                retry_now,
             };
-            counters.push(signals.counters.clone());
-            retries.push(signals.retry_now.clone());
-            workers.push(spawn(
-                index,
-                image.as_ref(),
-                &common,
-                signals,
-                &context,
-                config,
-            )?);
+            first += counters.len() as u16;
+            let image = image.as_ref();
+            workers.push(spawn(image, &common, served, &context, config)?);
         }
         Ok(Self {
             shared,
@@ -172,6 +171,13 @@ impl Block {
         self.opened().image.size_bytes()
     }
 
+    /// How many requests the engine of a thread holds: those of all queues that it serves.
+    fn engine_depth(&self) -> u16 {
+        let queues = self.queue_sizes.len() / self.workers.len().max(1);
+        let size = self.queue_sizes.first().copied().unwrap_or(0);
+        size.saturating_mul(queues as u16)
+    }
+
     fn opened(&self) -> MutexGuard<'_, Opened> {
         self.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -199,7 +205,7 @@ impl Block {
             return refuse(format!("must be a multiple of {block}"));
         }
         if size_bytes > is {
-            // The first queue's thread is the one that owns the image's metadata.
+            // The only thread, where the image has metadata that has an owner.
             let attend = || {
                 self.workers
                     .iter()
@@ -236,9 +242,10 @@ fn lacks_space(error: &std::io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(space::is_no_space)
 }
 
-/// What the thread of a queue shares with nobody but its device.
-struct Signals {
-    counters: Arc<QueueCounters>,
+/// The queues of a thread, and what it shares with nobody but its device.
+struct Served {
+    first: u16,
+    counters: Vec<Arc<QueueCounters>>,
     retry_now: Arc<EventFd>,
 }
 
@@ -293,24 +300,27 @@ fn lists(engine: &'static [Allow], overlay: bool) -> Vec<&'static [Allow]> {
     lists
 }
 
-/// Starts the thread of one queue.
+/// Starts the thread of one queue, or of all.
 fn spawn(
-    index: u16,
     image: &dyn Image,
     common: &Common,
-    signals: Signals,
+    served: Served,
     context: &BuildContext,
     config: &DiskConfig,
 ) -> Result<Worker, BuildError> {
-    let name = thread_name(context.reporter.id(), index);
+    let name = thread_name(context.reporter.id(), served.first);
     let engine = image
-        .open_queue(common.queue_size)
+        .open_queue(
+            common
+                .queue_size
+                .saturating_mul(served.counters.len() as u16),
+        )
         .map_err(|e| BuildError::host(format!("opening a disk queue for {name}"), e))?;
     let lists = lists(engine.syscalls(), snapshot::is_possible(config));
     let filter = Filter::compile(&name, context.seccomp, &lists)
         .map_err(|e| BuildError::host("compiling a filter", std::io::Error::other(e)))?;
-    let (counters, retry_now) = (signals.counters, signals.retry_now);
-    let handler = QueueHandler::new(common.clone(), counters, engine, retry_now)
+    let (first, counters) = (served.first, served.counters);
+    let handler = QueueHandler::new(common.clone(), first, counters, engine, served.retry_now)
         .map_err(|e| BuildError::host("making a timer", e))?;
     Worker::spawn(&name, filter, context.reporter.clone(), handler)
         .map_err(|e| BuildError::host(format!("starting the thread {name}"), e))
@@ -373,6 +383,9 @@ impl VirtioDevice for Block {
     }
 
     fn worker_of_queue(&self, index: usize) -> usize {
-        index
+        match self.workers.len() {
+            1 => 0,
+            _ => index,
+        }
     }
 }

@@ -69,17 +69,12 @@ pub enum SnapshotError {
 
 /// Whether a disk of this configuration can move on to an overlay, as far as that is known.
 pub(super) fn is_possible(config: &DiskConfig) -> bool {
-    refusal(config).is_none()
+    refusal(config).is_none() && config.queues_per_thread() == config.num_queues
 }
 
 fn refusal(config: &DiskConfig) -> Option<&'static str> {
     if config.readonly {
         return Some("the disk is read-only: nothing would ever be in the overlay");
-    }
-    if config.num_queues != 1 {
-        return Some(
-            "not supported yet: a disk with more than one queue; an overlay has one (`num_queues`)",
-        );
     }
     if config.lock_granularity == LockGranularity::Full {
         return Some("not supported yet: a disk whose `lock_granularity` is Full");
@@ -148,7 +143,10 @@ impl<'a> Move<'a> {
         let worker = match (&block.workers[..], refusal(config)) {
             ([worker], None) => worker,
             (_, reason) => {
-                let reason = reason.unwrap_or("it has more than one queue");
+                let reason = reason.unwrap_or(
+                    "not supported yet: a raw disk with more than one queue (`num_queues`), each \
+                     with a thread of its own; an overlay's are served by one",
+                );
                 return Err(Invalid::new("id", reason).into());
             }
         };
@@ -226,7 +224,9 @@ impl<'a> Move<'a> {
             return Err(Invalid::new("path", "the overlay has not the size of the disk").into());
         }
         let failed = |e| BuildError::host(format!("opening {}", self.path.display()), e);
-        let queue = image.open_queue(self.config.queue_size).map_err(failed)?;
+        let queue = image
+            .open_queue(self.block.engine_depth())
+            .map_err(failed)?;
         let staged = ask(self.worker, |reply| Exchange::Stage(queue, reply));
         staged
             .recv()

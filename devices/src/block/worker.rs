@@ -1,4 +1,4 @@
-//! The thread of one queue: from chains to the disk engine and back.
+//! A disk's thread: from the chains of its queues to the disk engine and back.
 //!
 //! ```text
 //!   doorbell ─► serve: pop, parse, admit ─► engine.push … engine.start (one system call)
@@ -16,6 +16,13 @@
 //! While the queue is being served the driver is told not to ring. Nothing here is allocated per
 //! request, unless it is in very many pieces, and the only lock is the rate limiter's, where there
 //! is one: a disk's queues share it.
+//!
+//! # One thread for each queue, or one for all
+//! An image without metadata, or with none that changes, has a thread and an engine for each of its
+//! queues. What a qcow2 image that is written to knows of itself is owned by one thread
+//! ([`crate::disk::qcow2`]), and that thread serves all queues through one engine, without a lock.
+//! Each queue has tags and a share of [`MAX_IN_FLIGHT`] of its own, so that none takes the room of
+//! another; where the limiter makes them wait, they go on in turns.
 
 mod active;
 mod completing;
@@ -23,7 +30,6 @@ mod exchange;
 mod holding;
 mod taking;
 
-use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -31,7 +37,7 @@ use std::time::Instant;
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::active::Active;
+use self::active::{Active, lanes};
 use super::config::DetectZeroes;
 use super::counters::QueueCounters;
 use super::hold::Hold;
@@ -45,8 +51,8 @@ use crate::timer::Timer;
 use crate::virtio::Activation;
 use crate::worker::{Handler, Source, WorkerError};
 
-/// Work that a queue takes on before it looks at its orders again, and has in flight at most beside
-/// one request, in bytes as [`active::Pending::weight`] counts: a driver may ask for 4 GiB in each request,
+/// Work that a thread takes on before it looks at its orders again, and has in flight at most beside
+/// one request of each queue, in bytes as [`active::Pending::weight`] counts: a driver may ask for 4 GiB in each request,
 /// and all of what is in flight is waited for when the device is paused or reset.
 pub const MAX_IN_FLIGHT: u64 = 64 << 20;
 /// All that a disk's queues share.
@@ -73,9 +79,15 @@ pub struct Common {
 /// See the module.
 pub struct QueueHandler {
     common: Common,
-    counters: Arc<QueueCounters>,
+    /// Of the queues that it serves, from the number `first` on.
+    counters: Vec<Arc<QueueCounters>>,
+    first: u16,
     engine: Box<dyn Queue>,
     timer: Timer,
+    /// That timer is set: whoever comes meanwhile has to wait as well.
+    throttled: bool,
+    /// The queue whose turn is next.
+    turn: usize,
     /// When to try again what is held.
     retry: Timer,
     /// When that timer runs out, from when it was set until its end is heard of.
@@ -85,11 +97,10 @@ pub struct QueueHandler {
     /// Rung to have that tried at once.
     retry_now: Arc<EventFd>,
     parser: Parser,
-    active: Option<Active>,
+    /// The queues, while their driver is running.
+    active: Vec<Active>,
     /// The weight of what was taken since orders were looked at.
     taken: u64,
-    /// Chains wait for a completion.
-    starved: bool,
     /// The engine is about to be exchanged: it must not be given anything to do.
     frozen: bool,
     /// The engine that is to come.
@@ -105,16 +116,21 @@ pub struct QueueHandler {
 }
 
 impl QueueHandler {
-    /// The handler of one queue, with its engine. Called on the VMM thread.
+    /// The handler of the queues with these counters, which have the numbers from `first` on, with
+    /// their engine: its depth is the descriptors of all of them. Called on the VMM thread.
     pub fn new(
         common: Common,
-        counters: Arc<QueueCounters>,
+        first: u16,
+        counters: Vec<Arc<QueueCounters>>,
         engine: Box<dyn Queue>,
         retry_now: Arc<EventFd>,
     ) -> std::io::Result<Self> {
-        let size = common.queue_size.into();
+        let size = usize::from(common.queue_size) * counters.len();
         Ok(Self {
             timer: Timer::new()?,
+            throttled: false,
+            turn: 0,
+            first,
             retry: Timer::new()?,
             retry_due: None,
             going_on: false,
@@ -123,9 +139,8 @@ impl QueueHandler {
             counters,
             engine,
             parser: Parser::default(),
-            active: None,
+            active: Vec::new(),
             taken: 0,
-            starved: false,
             frozen: false,
             staged: None,
             broken: false,
@@ -140,8 +155,10 @@ impl QueueHandler {
     /// After something was completed: what waited for that.
     fn go_on(&mut self) -> Result<(), WorkerError> {
         self.go_on_with_held()?;
-        if self.starved {
-            self.serve()?;
+        for lane in 0..self.active.len() {
+            if self.active.get(lane).is_some_and(|a| a.starved) {
+                self.serve(lane)?;
+            }
         }
         self.rearm();
         Ok(())
@@ -178,39 +195,34 @@ impl Handler for QueueHandler {
         descriptors
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), WorkerError> {
+    fn activate(&mut self, activation: Activation) -> Result<(), WorkerError> {
         if self.broken {
             return Err(WorkerError("the disk engine has failed before".into()));
         }
-        let Some(queue) = activation.queues.pop() else {
-            return Ok(());
-        };
-        let depth = self.common.queue_size;
-        self.active = Some(Active {
-            queue,
-            pending: (0..depth).map(|_| None).collect(),
-            free: (0..depth).rev().collect(),
-            in_flight: 0,
-            held: Vec::new(),
-            again: VecDeque::new(),
-            unannounced: false,
-        });
-        self.serve()
+        self.active = lanes(
+            activation.queues,
+            self.common.queue_size,
+            self.first,
+            &self.counters,
+        )?;
+        self.throttled = false;
+        self.turn = 0;
+        self.serve_all()
     }
 
     fn ready(&mut self, source: Source) -> Result<(), WorkerError> {
         match source {
-            Source::Queue(_) => self.serve(),
+            Source::Queue(lane) => self.serve(lane),
             Source::Descriptor(0) => {
                 self.timer.acknowledge();
-                self.serve()
+                self.throttled = false;
+                self.serve_all()
             }
             Source::Descriptor(1) => {
                 self.retry.acknowledge();
                 self.retry_due = None;
                 let going_on = std::mem::take(&mut self.going_on);
-                let active = self.active.as_ref();
-                if !going_on && active.is_some_and(|a| a.again.is_empty()) {
+                if !going_on && self.active.iter().all(|a| a.again.is_empty()) {
                     self.retry()?;
                 } else {
                     self.taken = 0;
@@ -252,7 +264,7 @@ impl Handler for QueueHandler {
             return Err(WorkerError("the disk engine has failed before".into()));
         }
         let now = Instant::now();
-        if let Some(active) = &mut self.active {
+        for active in &mut self.active {
             // Nobody could make space for it, or hear of it, meanwhile.
             for held in active.held.iter_mut().chain(&mut active.again) {
                 let since = &mut held.pending.held_since;
@@ -263,7 +275,8 @@ impl Handler for QueueHandler {
         }
         self.common.hold.vm_resumed();
         self.retry()?;
-        self.serve()?;
+        self.throttled = false;
+        self.serve_all()?;
         self.rearm();
         Ok(())
     }
@@ -277,7 +290,7 @@ impl Handler for QueueHandler {
             self.recycle(completion.buffers);
         }
         self.completed = completed;
-        if let Some(active) = self.active.take() {
+        for active in std::mem::take(&mut self.active) {
             let held = active.held.into_iter().chain(active.again);
             let pending = active.pending.into_iter().flatten();
             for pending in held.map(|held| held.pending).chain(pending) {
@@ -286,7 +299,7 @@ impl Handler for QueueHandler {
                 }
             }
         }
-        self.starved = false;
+        self.throttled = false;
         self.retry_due = None;
         self.going_on = false;
     }

@@ -38,10 +38,7 @@ impl Job {
         if !Arc::ptr_eq(&self.on_disk.0, &block.job) {
             return refuse("the job is one of another disk");
         }
-        let (config, old) = {
-            let opened = block.opened();
-            (opened.config.clone(), opened.image.clone())
-        };
+        let old = block.opened().image.clone();
         let [worker] = &block.workers[..] else {
             return Err(BuildError::host("looking for the disk's thread", gone()).into());
         };
@@ -57,7 +54,7 @@ impl Job {
                 return refuse("the image has another size than the disk");
             }
             let failed = |e| BuildError::host("opening the disk's image anew", e);
-            let queue = image.open_queue(config.queue_size).map_err(failed)?;
+            let queue = image.open_queue(block.engine_depth()).map_err(failed)?;
             ask(worker, |reply| Exchange::Stage(queue, reply))
                 .recv()
                 .unwrap_or_else(|_| Err(gone()))

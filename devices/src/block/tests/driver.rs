@@ -145,16 +145,33 @@ impl Driver {
 
     /// DRIVER_OK, with the rings zeroed as a driver would.
     pub fn activate(&mut self, worker: &Worker, index: u16) {
-        let zeroes = [0_u8; 0x1_0000];
-        self.memory
-            .write_slice(&zeroes, GuestAddress(self.base))
-            .unwrap();
-        (self.avail, self.used, self.next_descriptor) = (0, 0, 0);
+        self.clear();
         worker.order(Order::Activate(Box::new(Activation {
             features: 0,
             queues: vec![self.queue(index)],
             signals: self.signals.clone(),
         })));
+    }
+
+    /// DRIVER_OK of all queues of a worker, which have the indexes from 0 on.
+    pub fn activate_all(drivers: &mut [Self], worker: &Worker) {
+        drivers.iter_mut().for_each(Self::clear);
+        let numbered = drivers.iter().zip(0..);
+        worker.order(Order::Activate(Box::new(Activation {
+            features: 0,
+            queues: numbered
+                .map(|(driver, index)| driver.queue(index))
+                .collect(),
+            signals: drivers[0].signals.clone(),
+        })));
+    }
+
+    fn clear(&mut self) {
+        let zeroes = [0_u8; 0x1_0000];
+        self.memory
+            .write_slice(&zeroes, GuestAddress(self.base))
+            .unwrap();
+        (self.avail, self.used, self.next_descriptor) = (0, 0, 0);
     }
 
     pub fn set(&self, index: u16, descriptor: Descriptor) {

@@ -53,12 +53,12 @@ impl Small {
     }
 
     /// Takes all the space there is.
-    fn fill(&self) {
+    pub(super) fn fill(&self) {
         let mut file = File::create(self.path("filler")).unwrap();
         while file.write_all(&[1; 4096]).is_ok() {}
     }
 
-    fn make_space(&self) {
+    pub(super) fn make_space(&self) {
         fs::remove_file(self.path("filler")).unwrap();
     }
 

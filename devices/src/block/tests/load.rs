@@ -8,13 +8,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::config::DetectZeroes;
-use super::super::counters::QueueCounters;
 use super::super::hold::Hold;
 use super::super::shared::{Offer, Shared};
 use super::super::worker::{Common, MAX_IN_FLIGHT, QueueHandler};
 use super::*;
 use crate::disk::exchange::Exchange;
 use crate::disk::{Completion, Geometry, Operation, Queue, Request};
+use crate::rate_limiter::{RateLimiter, RateLimiterConfig, TokenBucketConfig};
 use crate::sandbox::Allow;
 use crate::virtio::Activation;
 use crate::worker::{Handler, Source};
@@ -104,6 +104,10 @@ fn handler(descriptor: Option<RawFd>) -> (QueueHandler, Arc<AtomicU64>) {
 }
 
 fn handler_over(engine: Engine) -> QueueHandler {
+    handler_of(1, engine, None)
+}
+
+fn handler_of(queues: usize, engine: Engine, limiter: Option<RateLimiter>) -> QueueHandler {
     let common = Common {
         shared: Arc::new(Shared::new(&Offer {
             size_bytes: 1 << 40,
@@ -117,7 +121,7 @@ fn handler_over(engine: Engine) -> QueueHandler {
             num_queues: 1,
             queue_size: 128,
         })),
-        limiter: None,
+        limiter: limiter.map(|limiter| Arc::new(Mutex::new(limiter))),
         epoch: Instant::now(),
         serial: [0; 20],
         reporter: Reporter::silent(),
@@ -130,14 +134,101 @@ fn handler_over(engine: Engine) -> QueueHandler {
         detect_zeroes: DetectZeroes::Off,
     };
     let retry_now = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-    let counters = Arc::new(QueueCounters::default());
-    QueueHandler::new(common, counters, Box::new(engine), retry_now).unwrap()
+    let counters = (0..queues).map(|_| Arc::default()).collect();
+    QueueHandler::new(common, 0, counters, Box::new(engine), retry_now).unwrap()
+}
+
+fn activation_of(drivers: &[&Driver]) -> Activation {
+    Activation {
+        features: 0,
+        queues: (0..).zip(drivers).map(|(i, d)| d.queue(i)).collect(),
+        signals: drivers[0].signals.clone(),
+    }
+}
+
+/// How many have been given back since the last look.
+fn used(driver: &mut Driver) -> usize {
+    std::iter::from_fn(|| driver.try_used()).count()
+}
+
+#[test]
+fn a_greedy_queue_leaves_the_others_of_its_thread_their_share() {
+    let (mut greedy, mut modest) = (greedy_driver(), Driver::new(memory(), 1, 128, true));
+    let engine = engine(Some(0));
+    let pushed = engine.pushed.clone();
+    let mut handler = handler_of(2, engine, None);
+    handler
+        .activate(activation_of(&[&greedy, &modest]))
+        .unwrap();
+    let share = MAX_IN_FLIGHT / 2;
+    assert_eq!(pushed.swap(0, Ordering::SeqCst), share);
+    offer(&mut modest, 0, false);
+    handler.ready(Source::Queue(1)).unwrap();
+    assert_eq!(pushed.swap(0, Ordering::SeqCst), REQUEST, "at once");
+    // In the order of arrival: one of the first makes room for one more of its own queue.
+    for done in 1..=share / REQUEST {
+        handler.ready(COMPLETION).unwrap();
+        assert_eq!(used(&mut greedy), 1, "{done}");
+        assert_eq!(pushed.swap(0, Ordering::SeqCst), REQUEST);
+    }
+    handler.ready(COMPLETION).unwrap();
+    assert_eq!((used(&mut greedy), used(&mut modest)), (0, 1));
+    assert_eq!(pushed.load(Ordering::SeqCst), 0, "its own room is full");
+    // A pause waits for what is in flight and no more.
+    handler.quiesce().unwrap();
+    assert_eq!(used(&mut greedy) as u64, share / REQUEST);
+    handler.resume().unwrap();
+    assert_eq!(pushed.load(Ordering::SeqCst), share);
+}
+
+#[test]
+fn queues_that_wait_for_the_limiter_go_on_in_turns() {
+    let limits = RateLimiterConfig {
+        bandwidth: None,
+        ops: Some(TokenBucketConfig {
+            size: 1,
+            one_time_burst: None,
+            refill_time: 40,
+        }),
+    };
+    let limiter = RateLimiter::new(&limits, std::time::Duration::ZERO);
+    let mut drivers: Vec<Driver> = (0..3)
+        .map(|i| Driver::new(memory(), i, 128, true))
+        .collect();
+    for driver in &mut drivers {
+        (0..6).for_each(|i| offer(driver, i, false));
+    }
+    let mut handler = handler_of(3, engine(None), limiter);
+    let all: Vec<&Driver> = drivers.iter().collect();
+    handler.activate(activation_of(&all)).unwrap();
+    let mut counts = [0_usize; 3];
+    while counts != [6; 3] {
+        for (driver, count) in drivers.iter_mut().zip(&mut counts) {
+            *count += used(driver);
+        }
+        // However late the timer is heard of, the bucket has one. Where this thread stands still
+        // between two requests one more may pass.
+        let (least, most) = (counts.iter().min(), counts.iter().max());
+        assert!(most.unwrap() - least.unwrap() <= 3, "{counts:?}");
+        if counts != [6; 3] {
+            // Whoever rings meanwhile is no exception.
+            handler.ready(Source::Queue(0)).unwrap();
+            assert_eq!(used(&mut drivers[0]), 0);
+            assert!(runs_out(&handler, 0, true));
+            handler.ready(Source::Descriptor(0)).unwrap();
+        }
+    }
 }
 
 /// Whether the timer to try again has run out, or does within a minute if we are `patient`.
 fn is_due(handler: &QueueHandler, patient: bool) -> bool {
+    runs_out(handler, 1, patient)
+}
+
+/// The same of another timer.
+fn runs_out(handler: &QueueHandler, descriptor: usize, patient: bool) -> bool {
     let epoll = Epoll::new().unwrap();
-    let timer = handler.descriptors()[1];
+    let timer = handler.descriptors()[descriptor];
     let event = EpollEvent::new(EventSet::IN, 0);
     epoll.ctl(ControlOperation::Add, timer, event).unwrap();
     let timeout = if patient { 60_000 } else { 0 };

@@ -11,6 +11,7 @@ mod load;
 mod malicious;
 mod model;
 mod qcow2;
+mod queues;
 mod snapshot;
 
 use std::fs::File;

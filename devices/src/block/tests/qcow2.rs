@@ -9,7 +9,7 @@ use crate::disk::qcow2::tests::qemu;
 const MIB: u64 = 1 << 20;
 
 /// An overlay with subclusters over a compressed image, and what is in it.
-fn overlay(folder: &std::path::Path) -> (std::path::PathBuf, Vec<u8>) {
+pub(super) fn overlay(folder: &std::path::Path) -> (std::path::PathBuf, Vec<u8>) {
     let source = qemu::create(folder, "source.qcow2", "", SIZE);
     qemu::scribble(&source, SIZE, 60, 1);
     let base = folder.join("base.qcow2");
@@ -264,16 +264,23 @@ fn what_is_not_built_for_thin_disks_is_refused() {
     assert_eq!(config.validate().unwrap_err().field, "backing_files");
     config.image_type = ImageType::Qcow2;
     config.validate().unwrap();
-    config.num_queues = 2;
-    let refused = config.validate().unwrap_err().to_string();
-    assert!(
-        refused.starts_with("num_queues: not supported yet"),
-        "{refused}"
-    );
-    config.readonly = true;
-    config.validate().unwrap();
-    config.readonly = false;
-    config.num_queues = 1;
+    for (queues, size, is_valid) in [
+        (64, 256, true),
+        (64, 512, false),
+        (16, 1024, true),
+        (17, 1024, false),
+        (64, 1024, false),
+    ] {
+        (config.num_queues, config.queue_size) = (queues, size);
+        match config.validate() {
+            Ok(()) => assert!(is_valid, "{queues} of {size}"),
+            Err(refused) => assert!(!is_valid && refused.field == "num_queues", "{refused}"),
+        }
+        config.readonly = true;
+        config.validate().unwrap();
+        config.readonly = false;
+    }
+    (config.num_queues, config.queue_size) = (1, 128);
     let refused = build(&config).err().unwrap().to_string();
     assert!(refused.contains("it is not a qcow2 image"), "{refused}");
 }

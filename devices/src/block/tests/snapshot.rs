@@ -326,7 +326,7 @@ fn a_disk_that_can_not_move_on_is_refused_and_goes_on_as_it_was() {
     }
     for (more, reason) in [
         (serde_json::json!({"readonly": true}), "read-only"),
-        (serde_json::json!({"num_queues": 2}), "queue"),
+        (serde_json::json!({"num_queues": 2}), "more than one queue"),
         (
             serde_json::json!({"lock_granularity": "Full"}),
             "lock_granularity",

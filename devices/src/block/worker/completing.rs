@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::QueueHandler;
+use super::active::Active;
 use crate::block::hold::is_no_space;
 use crate::block::request::Status;
 use crate::disk::{Completion, Operation};
@@ -30,33 +31,28 @@ impl QueueHandler {
             }
             self.completed = completed;
         }
-        if let Some(active) = &mut self.active
-            && std::mem::take(&mut active.unannounced)
-        {
-            active.queue.notify()?;
+        for active in &mut self.active {
+            if std::mem::take(&mut active.unannounced) {
+                active.queue.notify()?;
+            }
         }
         Ok(())
     }
 
     fn complete(&mut self, completion: Completion, now: Instant) -> Result<(), WorkerError> {
         let mut buffers = completion.buffers;
-        let Some(active) = &mut self.active else {
+        let lane = usize::from(completion.tag / self.common.queue_size);
+        let active = self.active.get_mut(lane);
+        let Some(mut pending) = active.and_then(|active| active.end(completion.tag)) else {
             self.recycle(buffers);
             return Ok(());
         };
-        let slot = active.pending.get_mut(usize::from(completion.tag));
-        let Some(mut pending) = slot.and_then(Option::take) else {
-            self.recycle(buffers);
-            return Ok(());
-        };
-        active.free.push(completion.tag);
-        active.in_flight = active.in_flight.saturating_sub(pending.weight());
         if let Some(data) = pending.zeroes.take() {
             self.recycle(std::mem::replace(&mut buffers, data));
         }
         let result = match completion.result {
             Err(error) if self.common.hold.wants(&error, pending.held_since, now) => {
-                match self.hold(pending, buffers, &error, now) {
+                match self.hold(lane, pending, buffers, &error, now) {
                     Some((its, buffers)) => {
                         pending = its;
                         self.recycle(buffers);
@@ -94,10 +90,12 @@ impl QueueHandler {
         let (status, written) = match result {
             Ok(()) => {
                 let latency = now.saturating_duration_since(pending.started);
-                match pending.operation {
-                    Operation::Read => self.counters.read.count(pending.length, latency),
-                    Operation::Write { .. } => self.counters.write.count(pending.length, latency),
-                    _ => {}
+                if let Some(Active { counters, .. }) = self.active.get(lane) {
+                    match pending.operation {
+                        Operation::Read => counters.read.count(pending.length, latency),
+                        Operation::Write { .. } => counters.write.count(pending.length, latency),
+                        _ => {}
+                    }
                 }
                 match pending.operation {
                     // A chain has less than 4 GiB.
@@ -113,29 +111,35 @@ impl QueueHandler {
                 (Status::IoErr, 0)
             }
         };
-        self.answer(pending.head, pending.status, status, written)
+        self.answer(lane, pending.head, pending.status, status, written)
     }
 
     /// Writes the status byte and gives the chain back, with `written` bytes of data in it.
     pub(super) fn answer(
         &mut self,
+        lane: usize,
         head: u16,
         address: GuestAddress,
         status: Status,
         written: u32,
     ) -> Result<(), WorkerError> {
-        if let Some(active) = &self.active {
+        if let Some(active) = self.active.get(lane) {
             active
                 .queue
                 .memory()
                 .write_obj(status as u8, address)
                 .map_err(|e| WorkerError::new("writing a status byte", e))?;
         }
-        self.give_back(head, written.saturating_add(1))
+        self.give_back(lane, head, written.saturating_add(1))
     }
 
-    pub(super) fn give_back(&mut self, head: u16, len: u32) -> Result<(), WorkerError> {
-        if let Some(active) = &mut self.active {
+    pub(super) fn give_back(
+        &mut self,
+        lane: usize,
+        head: u16,
+        len: u32,
+    ) -> Result<(), WorkerError> {
+        if let Some(active) = self.active.get_mut(lane) {
             active.queue.push_used(head, len)?;
             active.unannounced = true;
         }

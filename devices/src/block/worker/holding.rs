@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::active::{Held, Pending};
+use super::active::{Active, Held, Pending};
 use super::{MAX_IN_FLIGHT, QueueHandler};
 use crate::disk::{Buffers, Operation};
 use crate::worker::WorkerError;
@@ -13,6 +13,7 @@ impl QueueHandler {
     /// data can't be written again.
     pub(super) fn hold(
         &mut self,
+        lane: usize,
         mut pending: Pending,
         mut buffers: Buffers,
         error: &std::io::Error,
@@ -24,7 +25,7 @@ impl QueueHandler {
             Operation::Write { .. } => buffers.len_bytes() == pending.length,
             Operation::Flush | Operation::WriteZeroes { .. } => true,
         };
-        let Some(active) = self.active.as_mut().filter(|_| whole) else {
+        let Some(active) = self.active.get_mut(lane).filter(|_| whole) else {
             return Some((pending, buffers));
         };
         let again = pending.held_since.is_some();
@@ -61,10 +62,11 @@ impl QueueHandler {
             return;
         }
         // While some are still to be tried, the rest waits for the end of that.
-        let Some(active) = self.active.as_ref().filter(|a| a.again.is_empty()) else {
+        if self.active.iter().any(|a| !a.again.is_empty()) {
             return;
-        };
-        let since = active.held.iter().filter_map(|h| h.pending.held_since);
+        }
+        let held = self.active.iter().flat_map(|a| &a.held);
+        let since = held.filter_map(|h| h.pending.held_since);
         if let Some(oldest) = since.min() {
             let wait = self.common.hold.next_try(oldest, Instant::now());
             self.arm_to_try_again(wait);
@@ -73,32 +75,30 @@ impl QueueHandler {
 
     /// Tries again all that is held.
     pub(super) fn retry(&mut self) -> Result<(), WorkerError> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        active.again.extend(active.held.drain(..));
+        for active in &mut self.active {
+            active.again.extend(active.held.drain(..));
+        }
         self.taken = 0;
         self.go_on_with_held()
     }
 
     /// Goes on with trying again, as much as may be in flight.
     pub(super) fn go_on_with_held(&mut self) -> Result<(), WorkerError> {
-        while let Some(active) = &mut self.active
-            && !active.again.is_empty()
-            && active.in_flight < MAX_IN_FLIGHT
-        {
+        while self.active.iter().any(Active::can_try_again) {
             if self.taken >= MAX_IN_FLIGHT {
                 // Listen to orders first.
                 self.going_on = true;
                 let set = self.arm(Duration::ZERO);
                 return set.map_err(|e| WorkerError::new("setting the timer to go on", e));
             }
-            while let Some(active) = &mut self.active
-                && active.in_flight < MAX_IN_FLIGHT
-                && self.taken < MAX_IN_FLIGHT
-                && let Some(held) = active.again.pop_front()
-            {
-                self.submit(held.pending, held.buffers);
+            for lane in 0..self.active.len() {
+                while let Some(active) = self.active.get_mut(lane)
+                    && active.in_flight < active.share
+                    && self.taken < MAX_IN_FLIGHT
+                    && let Some(held) = active.again.pop_front()
+                {
+                    self.submit(lane, held.pending, held.buffers);
+                }
             }
             self.engine
                 .start()

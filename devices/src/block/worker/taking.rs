@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_DISCARD;
 
+use super::QueueHandler;
 use super::active::Pending;
-use super::{MAX_IN_FLIGHT, QueueHandler};
 use crate::block::config::DetectZeroes;
 use crate::block::request::{Action, Limits, Malformed, Status};
 use crate::block::shared::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, bit, seg_max};
@@ -31,31 +31,43 @@ enum Stop {
 }
 
 impl QueueHandler {
-    /// Takes what the driver has made available, until there is nothing or nothing more can be
-    /// taken.
-    pub(super) fn serve(&mut self) -> Result<(), WorkerError> {
+    /// Takes what the driver has made available in all queues, those first whose turn it is.
+    pub(super) fn serve_all(&mut self) -> Result<(), WorkerError> {
+        let (first, count) = (self.turn, self.active.len());
+        for lane in (first..count).chain(0..first.min(count)) {
+            self.serve(lane)?;
+        }
+        Ok(())
+    }
+
+    /// Takes what the driver has made available in a queue, until there is nothing or nothing more
+    /// can be taken.
+    pub(super) fn serve(&mut self, lane: usize) -> Result<(), WorkerError> {
         self.taken = 0;
-        if self.frozen {
-            // A driver that has just come is served when the worker goes on.
+        // A driver that has just come is served when the worker goes on; the limiter's timer serves
+        // all queues.
+        if self.frozen || self.throttled {
             return Ok(());
         }
+        let mut admitted = false;
         for _ in 0..ROUNDS {
-            if self.taken >= MAX_IN_FLIGHT {
-                break;
-            }
-            let Some(active) = &mut self.active else {
+            let Some(active) = self.active.get_mut(lane) else {
                 return Ok(());
             };
+            if self.taken >= active.share {
+                break;
+            }
             active.queue.disable_kicks()?;
-            let stop = self.take_batch()?;
+            let stop = self.take_batch(lane)?;
+            admitted |= self.taken > 0;
             self.engine
                 .start()
                 .map_err(|e| self.fail("submitting to the disk", e))?;
             self.collect()?;
-            let Some(active) = &mut self.active else {
+            let Some(active) = self.active.get_mut(lane) else {
                 return Ok(());
             };
-            self.starved = false;
+            active.starved = false;
             match stop {
                 Stop::Empty => {
                     if !active.queue.enable_kicks()? {
@@ -63,22 +75,27 @@ impl QueueHandler {
                     }
                 }
                 Stop::Full if active.is_full() => {
-                    self.starved = true;
+                    active.starved = true;
                     return Ok(());
                 }
                 Stop::Full | Stop::BatchFull => {}
-                Stop::Throttled => return Ok(()),
+                Stop::Throttled => {
+                    self.throttled = true;
+                    // The turn is the next one's as soon as one has got something.
+                    self.turn = lane + usize::from(admitted);
+                    return Ok(());
+                }
             }
         }
-        if let Some(active) = &self.active {
-            // Come back after having listened to orders. Fails only when it is set anyway.
-            let _ = active.queue.kick().write(1);
+        if let Some(active) = self.active.get(lane) {
+            // Come back after having listened to orders.
+            active.queue.ring();
         }
         Ok(())
     }
 
     /// Pops chains and gives them to the engine.
-    fn take_batch(&mut self) -> Result<Stop, WorkerError> {
+    fn take_batch(&mut self, lane: usize) -> Result<Stop, WorkerError> {
         let now = Instant::now();
         let limits = self.limits();
         let batch = match self.engine.descriptor() {
@@ -86,7 +103,7 @@ impl QueueHandler {
             None => BLOCKING_BATCH,
         };
         for _ in 0..batch {
-            let Some(active) = &mut self.active else {
+            let Some(active) = self.active.get_mut(lane) else {
                 break;
             };
             if active.is_full() {
@@ -104,17 +121,17 @@ impl QueueHandler {
                 Err(malformed) => {
                     self.recycle(buffers);
                     self.log(malformed);
-                    self.give_back(head, 0)?;
+                    self.give_back(lane, head, 0)?;
                 }
                 Ok(parsed) => match parsed.action {
                     Action::Refuse(status) => {
                         self.recycle(buffers);
-                        self.answer(head, parsed.status, status, 0)?;
+                        self.answer(lane, head, parsed.status, status, 0)?;
                     }
                     Action::GetId => {
                         let written = buffers.copy_from(&self.common.serial);
                         self.recycle(buffers);
-                        self.answer(head, parsed.status, Status::Ok, written as u32)?;
+                        self.answer(lane, head, parsed.status, Status::Ok, written as u32)?;
                     }
                     Action::Submit {
                         operation,
@@ -123,7 +140,7 @@ impl QueueHandler {
                     } => {
                         if let Err(wait) = self.admit(operation, length) {
                             self.recycle(buffers);
-                            if let Some(active) = &mut self.active {
+                            if let Some(active) = self.active.get_mut(lane) {
                                 active.queue.undo_pop();
                             }
                             self.timer
@@ -132,6 +149,7 @@ impl QueueHandler {
                             return Ok(Stop::Throttled);
                         }
                         self.submit(
+                            lane,
                             Pending {
                                 head,
                                 status: parsed.status,
@@ -180,13 +198,7 @@ impl QueueHandler {
             .admit(bytes, self.common.epoch.elapsed())
     }
 
-    pub(super) fn submit(&mut self, mut pending: Pending, mut buffers: Buffers) {
-        let Some(active) = &mut self.active else {
-            return;
-        };
-        let Some(tag) = active.free.pop() else {
-            return;
-        };
+    pub(super) fn submit(&mut self, lane: usize, mut pending: Pending, mut buffers: Buffers) {
         let mut operation = pending.operation;
         if let Operation::Write { durable } = operation
             && self.common.detect_zeroes != DetectZeroes::Off
@@ -199,17 +211,22 @@ impl QueueHandler {
                 self.spare.pop().unwrap_or_default(),
             ));
         }
-        let request = Request {
-            tag,
-            operation,
-            offset: pending.offset,
-            length: pending.length,
-            buffers,
+        let (offset, length, weight) = (pending.offset, pending.length, pending.weight());
+        // Whoever calls has seen that there is a tag.
+        let Some(active) = self.active.get_mut(lane) else {
+            return;
         };
-        self.taken += pending.weight();
-        active.in_flight += pending.weight();
-        active.pending[usize::from(tag)] = Some(pending);
-        self.engine.push(request);
+        if let Some(tag) = active.begin(pending) {
+            // Flushes weigh nothing, and are something all the same.
+            self.taken += weight.max(1);
+            self.engine.push(Request {
+                tag,
+                operation,
+                offset,
+                length,
+                buffers,
+            });
+        }
     }
 
     fn log(&mut self, malformed: Malformed) {
