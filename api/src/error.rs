@@ -263,6 +263,7 @@ impl From<Error> for ApiError {
             }
             Error::NotAdmitted(_) => (StatusCode::INSUFFICIENT_STORAGE, "not-admitted"),
             Error::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, "timeout"),
+            Error::NoDriver(_) => (StatusCode::GATEWAY_TIMEOUT, "no-driver"),
             Error::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host"),
         };
         let field = match error {
@@ -331,6 +332,7 @@ mod tests {
             (507, "not-admitted")
         );
         assert_eq!(status(Error::Timeout("pausing")), (504, "timeout"));
+        assert_eq!(status(Error::NoDriver("none")), (504, "no-driver"));
         let below = Error::BelowFloor {
             field: "size".into(),
             left: 1,

@@ -19,7 +19,11 @@ pub fn answer_statistics(balloon: &Balloon, reply: Reply<BalloonStats>) {
                 stats: viewer.statistics(),
             })
         } else {
-            Err(Error::Timeout("the guest's answer with its statistics"))
+            Err(if viewer.info("").driver {
+                Error::Timeout("the guest's answer with its statistics")
+            } else {
+                Error::NoDriver("the guest runs no driver of the balloon, which would tell them")
+            })
         };
         // A client that has gone away is not missed.
         let _ = reply.send(result);

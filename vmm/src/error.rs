@@ -107,6 +107,9 @@ pub enum Error {
     /// The guest or the host took too long; the command may be sent again.
     #[error("{0} took too long")]
     Timeout(&'static str),
+    /// Nobody in the guest is there to answer; it may load a driver and the command be sent again.
+    #[error("{0}")]
+    NoDriver(&'static str),
     /// The host failed us.
     #[error("{doing}: {reason}")]
     Host {

@@ -35,14 +35,19 @@ pub struct Paths {
 impl Default for Paths {
     fn default() -> Self {
         let own = cgroup::locate(Path::new("/proc/self"), std::process::id()).ok();
-        let file = own.map(|cgroup| cgroup.directory.join("memory.pressure"));
         Self {
             meminfo: "/proc/meminfo".into(),
             pressure: "/proc/pressure/memory".into(),
-            // The root has none.
-            cgroup_pressure: file.filter(|file| file.exists()),
+            cgroup_pressure: own.and_then(|cgroup| pressure_file(&cgroup.directory)),
         }
     }
+}
+
+/// The file of a cgroup, if it has one of its own: the root of the hierarchy, in which alone there
+/// is no `cgroup.type`, is the host once more.
+fn pressure_file(cgroup: &Path) -> Option<PathBuf> {
+    let file = cgroup.join("memory.pressure");
+    (cgroup.join("cgroup.type").exists() && file.exists()).then_some(file)
 }
 
 /// The open files.
@@ -165,6 +170,16 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn the_root_of_the_hierarchy_has_no_pressure_of_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("memory.pressure");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(pressure_file(root.path()), None);
+        std::fs::write(root.path().join("cgroup.type"), "domain\n").unwrap();
+        assert_eq!(pressure_file(root.path()), Some(file));
+    }
 
     #[test]
     fn the_kernels_words_are_understood_and_rubbish_is_not() {
