@@ -90,8 +90,7 @@ impl Qcow2Image {
             if !top.host.block_device {
                 check::settle(options, &top.header, &top.host.file)?;
             }
-            let (again, anew) = Chain::open_again(options, &top.host)?;
-            (chain, top) = (again, anew);
+            (chain, top) = Chain::open_again(options, &top.host)?;
         }
         Self::of(chain, top, options)
     }
