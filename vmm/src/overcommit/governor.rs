@@ -12,7 +12,8 @@
 //!    balloon it empties by itself): straight to `base`, and nothing is taken for 10 minutes; for
 //!    20, 40, 60 if it happens again. By steps it would come too late.
 //! 3. **A stall**: the guest gives less than 4 MiB/s for five seconds, or than that part of it
-//!    which its vCPUs had of the time they wanted; it gets 128 MiB back, and the same rest.
+//!    which its vCPUs had of the time they wanted and in which nobody waited for the host's
+//!    memory; it gets 128 MiB back, and the same rest.
 //! 4. **No fresh statistics**: nothing is taken; after half a minute all is given back.
 //! 5. **The guest's need**: available memory has fallen below three quarters of the buffer; the
 //!    buffer is filled, unless the host's memory is nearly gone.
@@ -32,6 +33,8 @@
 
 use super::reading::{CpuTime, GuestReading, HostReading, Limits, Own, Pressure, Reading, claim};
 
+mod stall;
+
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 const MINUTE_MS: u64 = 60_000;
@@ -43,10 +46,6 @@ pub(super) const PSI_BEGIN: u32 = 1000;
 const PSI_END: u32 = 200;
 /// Moves smaller than this are not worth a step.
 const LEAST_MOVE: u64 = MIB;
-/// An inflation is looked at in windows of this length …
-const STALL_WINDOW_MS: u64 = 5000;
-/// … and has stalled where it moves less than this in a second.
-const STALL_RATE: u64 = 4 * MIB;
 /// What a guest that stalls gets back.
 const STALL_RELEASE: u64 = 128 * MIB;
 /// Statistics are fresh for this long, or for three looks.
@@ -460,39 +459,6 @@ impl Look<'_> {
             || rate(|g| g.alloc_stalls, grown / 16) >= STALLED_ALLOCATIONS
             || rate(|g| g.direct_reclaims, grown.saturating_mul(2)) >= RECLAIMED_PAGES
             || thrashes && now.available < self.buffer(now)
-    }
-
-    /// Whether the guest gives too slowly; begins the next window where it does not.
-    fn stalled(&mut self) -> bool {
-        let Some(inflating) = self.next.inflating else {
-            return false;
-        };
-        let balloon = &self.reading.balloon;
-        let elapsed = self.reading.now_ms.saturating_sub(inflating.since_ms);
-        if elapsed < STALL_WINDOW_MS {
-            return false;
-        }
-        let moved = balloon.actual.saturating_sub(inflating.from);
-        self.next.inflating = Some(Inflating {
-            since_ms: self.reading.now_ms,
-            from: balloon.actual,
-            vcpus: self.reading.vcpus,
-            ..inflating
-        });
-        moved < self.expected(&inflating, elapsed)
-    }
-
-    /// What the guest is to give in the window. One that has to wait for CPUs is as slow as it has
-    /// to be: to rest because of that would leave a host that is short of both to its OOM killer.
-    fn expected(&self, window: &Inflating, elapsed_ms: u64) -> u64 {
-        let (now, then) = (&self.reading.vcpus, &window.vcpus);
-        let ran = now.run_ns.saturating_sub(then.run_ns);
-        let wanted = ran.saturating_add(now.delay_ns.saturating_sub(then.delay_ns));
-        let expected = part(STALL_RATE, elapsed_ms, 1000);
-        if wanted == 0 {
-            return expected;
-        }
-        part(expected, ran, wanted).max(PAGE)
     }
 
     fn silence(&self, base: u64) -> (u64, Reason) {

@@ -399,6 +399,38 @@ fn a_guest_that_waits_for_cpus_has_not_stalled_unless_it_gives_nothing_for_them(
 }
 
 #[test]
+fn a_guest_that_waits_for_the_hosts_memory_has_not_stalled_unless_it_gives_nothing() {
+    let first_trouble = |some: u32, of_cgroup: bool, kib_each_second: u64| {
+        let decisions = follow(30, 0, 2, |second, r| {
+            r.balloon.target = 200 * MIB;
+            r.balloon.actual = second * kib_each_second * 1024;
+            let pressure = Some(Pressure { some, full: 0 });
+            match of_cgroup {
+                true => r.host.cgroup_pressure = pressure,
+                false => r.host.pressure = pressure,
+            }
+        });
+        decisions.iter().find_map(|decision| decision.trouble)
+    };
+    let stalled = Some(Reason::Stalled);
+    for (some, given, trouble) in [
+        // As in the lab, where 15 guests had their bursts at once.
+        (9500, 1200, None),
+        (7500, 1200, None),
+        (5000, 1200, stalled),
+        (0, 1200, stalled),
+        (9500, 100, stalled),
+        (10_000, 0, stalled),
+        (u32::MAX, 0, stalled),
+    ] {
+        for of_cgroup in [false, true] {
+            let found = first_trouble(some, of_cgroup, given);
+            assert_eq!(found, trouble, "{some} {of_cgroup} {given}");
+        }
+    }
+}
+
+#[test]
 fn time_in_which_nobody_looked_is_not_held_against_the_guest() {
     let mut state = State::default();
     for now_ms in [0, 1000, 600_000, 601_000, 604_000] {
