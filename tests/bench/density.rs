@@ -221,6 +221,8 @@ impl<'a> Host<'a> {
                 drop(victim);
                 kills += 1;
                 self.start_all(1)?;
+                // The lab host ends what says nothing for long.
+                eprintln!("bench: {}: {kills} killed and replaced", self.case.name());
             }
             // What was done with the dead is no rule: a period without kills, for the pace.
             let before = (Instant::now(), self.told());
