@@ -153,33 +153,11 @@ impl Worker {
             handler,
             running: None,
         };
-        let (installed, outcome) = channel();
-        let thread = std::thread::Builder::new()
-            // A zero byte in a name would be a panic.
-            .name(name.replace('\0', "").chars().take(15).collect())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                // Where files may not grow beyond a limit (RLIMIT_FSIZE), a write beyond it is to
-                // fail; the signal would let a guest end the process. Fails only for no signal.
-                let _ = block_signal(libc::SIGXFSZ);
-                let result = filter.install();
-                let go = result.is_ok();
-                // The spawner waits for this, so it is there to hear it.
-                let _ = installed.send(result);
-                if go {
-                    body.run();
-                }
-            })?;
-        match outcome.recv() {
-            Ok(Ok(())) => Ok(Self {
-                orders: Orders { orders, wake },
-                thread: Some(thread),
-            }),
-            Ok(Err(error)) => Err(io::Error::other(error)),
-            Err(_) => Err(io::Error::other(
-                "the thread ended before its filter was in place",
-            )),
-        }
+        let thread = spawn_sandboxed(name, filter, move || body.run())?;
+        Ok(Self {
+            orders: Orders { orders, wake },
+            thread: Some(thread),
+        })
     }
 
     /// Sends an order; never blocks. A worker that is gone drops the order, and with it its
@@ -191,6 +169,39 @@ impl Worker {
     /// What sends orders to it.
     pub fn orders(&self) -> Orders {
         self.orders.clone()
+    }
+}
+
+/// Spawns the thread `name` (shown in /proc, at most 15 characters are kept), which installs
+/// `filter` before anything else. Called on the VMM thread only.
+pub fn spawn_sandboxed(
+    name: &str,
+    filter: Filter,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let (installed, outcome) = channel();
+    let thread = std::thread::Builder::new()
+        // A zero byte in a name would be a panic.
+        .name(name.replace('\0', "").chars().take(15).collect())
+        .stack_size(STACK_BYTES)
+        .spawn(move || {
+            // Where files may not grow beyond a limit (RLIMIT_FSIZE), a write beyond it is to
+            // fail; the signal would let a guest end the process. Fails only for no signal.
+            let _ = block_signal(libc::SIGXFSZ);
+            let result = filter.install();
+            let go = result.is_ok();
+            // The spawner waits for this, so it is there to hear it.
+            let _ = installed.send(result);
+            if go {
+                body();
+            }
+        })?;
+    match outcome.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(io::Error::other(error)),
+        Err(_) => Err(io::Error::other(
+            "the thread ended before its filter was in place",
+        )),
     }
 }
 

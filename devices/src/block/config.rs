@@ -45,7 +45,8 @@ pub struct DiskConfig {
     /// Limits on bandwidth and operations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
-    /// Use plain preadv/pwritev on the queue's thread even where the kernel offers io_uring.
+    /// Use plain preadv/pwritev, on up to 16 threads of each queue's, even where the kernel
+    /// offers io_uring.
     #[serde(default)]
     pub disable_io_uring: bool,
     /// Accepted for Cloud Hypervisor's clients. Linux AIO is never used, so there is nothing to

@@ -39,7 +39,7 @@ use self::request::ID_BYTES;
 use self::shared::{Offer, Shared};
 use self::worker::{Common, QueueHandler};
 use crate::config::{BuildContext, BuildError, Invalid};
-use crate::disk::{self, Format, Image, OpenOptions, SECTOR, qcow2, raw, space};
+use crate::disk::{self, Format, Image, OpenOptions, SECTOR, Threads, qcow2, raw, space};
 use crate::rate_limiter::RateLimiter;
 use crate::sandbox::{Allow, COMMON, Filter, SeccompMode, WORKER};
 use crate::timer;
@@ -63,6 +63,8 @@ pub struct Block {
     /// Rung to have a queue try again what it holds for lack of space.
     retries: Vec<Arc<EventFd>>,
     hold: Arc<Hold>,
+    /// What another engine of the first queue may have.
+    threads: Threads,
     opened: Mutex<Opened>,
     id: String,
     seccomp: SeccompMode,
@@ -131,6 +133,7 @@ impl Block {
             workers,
             retries,
             hold,
+            threads: threads(&context, 0, config),
             opened: Mutex::new(Opened {
                 config: config.clone(),
                 image: image.into(),
@@ -308,12 +311,14 @@ fn spawn(
     context: &BuildContext,
     config: &DiskConfig,
 ) -> Result<Worker, BuildError> {
-    let name = thread_name(context.reporter.id(), served.first);
+    let name = thread_name(context.reporter.id(), served.first, "");
+    let threads = threads(context, served.first, config);
     let engine = image
-        .open_queue(
+        .open_queue_with(
             common
                 .queue_size
                 .saturating_mul(served.counters.len() as u16),
+            Some(&threads),
         )
         .map_err(|e| BuildError::host(format!("opening a disk queue for {name}"), e))?;
     let lists = lists(engine.syscalls(), snapshot::is_possible(config));
@@ -326,9 +331,16 @@ fn spawn(
         .map_err(|e| BuildError::host(format!("starting the thread {name}"), e))
 }
 
-/// `<id>_q<N>`; of a long id the beginning is kept, so that the queue can still be told.
-fn thread_name(id: &str, index: u16) -> String {
-    let suffix = format!("_q{index}");
+/// The threads that the engine of a queue, or of all, may have beside the queue's own.
+fn threads(context: &BuildContext, index: u16, config: &DiskConfig) -> Threads {
+    let name = thread_name(context.reporter.id(), index, "_io");
+    let engines = config.num_queues.div_ceil(config.queues_per_thread());
+    Threads::of_queue(name, context.seccomp, engines)
+}
+
+/// `<id>_q<N><role>`; of a long id the beginning is kept, so that the queue can still be told.
+fn thread_name(id: &str, index: u16, role: &str) -> String {
+    let suffix = format!("_q{index}{role}");
     let mut room = NAME_BYTES.saturating_sub(suffix.len()).min(id.len());
     while !id.is_char_boundary(room) {
         room -= 1;

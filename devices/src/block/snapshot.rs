@@ -224,9 +224,9 @@ impl<'a> Move<'a> {
             return Err(Invalid::new("path", "the overlay has not the size of the disk").into());
         }
         let failed = |e| BuildError::host(format!("opening {}", self.path.display()), e);
-        let queue = image
-            .open_queue(self.block.engine_depth())
-            .map_err(failed)?;
+        let threads = Some(&self.block.threads);
+        let queue = image.open_queue_with(self.block.engine_depth(), threads);
+        let queue = queue.map_err(failed)?;
         let staged = ask(self.worker, |reply| Exchange::Stage(queue, reply));
         staged
             .recv()

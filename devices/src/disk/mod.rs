@@ -33,6 +33,7 @@ pub mod exchange;
 pub mod lock;
 pub(crate) mod new_file;
 mod open;
+pub mod pool;
 pub mod qcow2;
 pub mod raw;
 pub mod resize;
@@ -42,6 +43,7 @@ pub mod steps;
 
 pub use buffers::Buffers;
 pub use lock::LockGranularity;
+pub use pool::Threads;
 
 /// Bytes of a qcow2 chain's tables that are kept in memory unless it is told: with clusters of 64 KiB
 /// what 256 GiB of the disk need.
@@ -59,8 +61,13 @@ pub trait Image: Send + Sync {
     /// What tells this image from others: at most 20 ASCII bytes, the same for every opening of
     /// the same file.
     fn serial(&self) -> String;
-    /// A queue that holds up to `depth` requests at a time, for a thread yet to be spawned.
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>>;
+    /// A queue that holds up to `depth` requests at a time, for a thread yet to be spawned. Where
+    /// there is no io_uring its requests block that thread.
+    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+        self.open_queue_with(depth, None)
+    }
+    /// The same, with threads to be used where there is no io_uring. Called on the VMM thread.
+    fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>>;
     /// The file in which the image grows, to ask how much space it and its file system have.
     fn host_file(&self) -> Arc<File>;
     /// What the engine knows about the image beside its file. Called on the VMM thread.
@@ -251,7 +258,8 @@ pub struct OpenOptions {
     pub readonly: bool,
     /// Bypass the host's page cache.
     pub direct: bool,
-    /// Use plain system calls even where the kernel offers io_uring.
+    /// Use plain system calls, on threads where there may be some, even where the kernel offers
+    /// io_uring.
     pub disable_io_uring: bool,
     /// What to lock against other processes.
     pub lock: LockGranularity,
@@ -282,7 +290,8 @@ impl Format {
     }
 }
 
-/// The kinds of queue there are, and what each calls.
+/// The kinds of queue there are, and what each calls. Where there is no io_uring the threads of its
+/// pool, if it has one, do so too.
 pub const QUEUES: &[(&str, &[Allow])] = &[
     ("raw-io-uring", raw::URING_SYSCALLS),
     ("raw-sync", raw::SYNC_SYSCALLS),

@@ -179,11 +179,23 @@ fn make(entries: u32) -> io::Result<IoUring> {
 }
 
 /// Whether the kernel does not have io_uring (or not what we need of it), or does not let us.
-pub fn is_refusal(error: &io::Error) -> bool {
+fn is_refusal(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EINVAL | libc::ENOMEM)
     )
+}
+
+/// The ring, if the kernel let us make one.
+pub fn unless_refused(made: io::Result<Ring>) -> io::Result<Option<Ring>> {
+    match made {
+        Ok(ring) => Ok(Some(ring)),
+        Err(error) if is_refusal(&error) => {
+            tracing::warn!(%error, "no io_uring; using plain system calls");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Bytes of a part that the kernel takes at a time: at most 2 GiB less a page; the rest is another

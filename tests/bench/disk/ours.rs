@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use devices::disk::{
     self, Buffers, Completion, Format, Image, LockGranularity, OpenOptions, Operation, Queue,
-    Request,
+    Request, Threads,
 };
+use devices::sandbox::SeccompMode;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -95,7 +96,9 @@ pub struct Driven {
 impl Driven {
     /// A queue of an image.
     pub fn new(image: &dyn Image, depth: u16) -> Self {
-        let queue = image.open_queue(depth).expect("a queue");
+        let threads = Threads::of_queue("pool".to_owned(), SeccompMode::Enforce, 1);
+        let queue = image.open_queue_with(depth, Some(&threads));
+        let queue = queue.expect("a queue");
         let epoll = queue.descriptor().map(|descriptor| {
             let epoll = Epoll::new().expect("an epoll");
             let event = EpollEvent::new(EventSet::IN, 0);

@@ -54,7 +54,9 @@ impl Job {
                 return refuse("the image has another size than the disk");
             }
             let failed = |e| BuildError::host("opening the disk's image anew", e);
-            let queue = image.open_queue(block.engine_depth()).map_err(failed)?;
+            let queue = image
+                .open_queue_with(block.engine_depth(), Some(&block.threads))
+                .map_err(failed)?;
             ask(worker, |reply| Exchange::Stage(queue, reply))
                 .recv()
                 .unwrap_or_else(|_| Err(gone()))

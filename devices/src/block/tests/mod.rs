@@ -10,6 +10,7 @@ mod job;
 mod load;
 mod malicious;
 mod model;
+mod pool;
 mod qcow2;
 mod queues;
 mod snapshot;
@@ -235,7 +236,11 @@ pub fn expected(offset: u64, len: usize) -> Vec<u8> {
 #[test]
 fn a_long_id_does_not_hide_the_queue_in_the_threads_name() {
     use super::thread_name;
-    assert_eq!(thread_name("_disk0", 3), "_disk0_q3");
-    assert_eq!(thread_name("a-very-long-disk-name", 12), "a-very-long_q12");
-    assert_eq!(thread_name("ééééééééé", 0), "éééééé_q0");
+    assert_eq!(thread_name("_disk0", 3, ""), "_disk0_q3");
+    assert_eq!(thread_name("_disk0", 3, "_io"), "_disk0_q3_io");
+    assert_eq!(
+        thread_name("a-very-long-disk-name", 12, ""),
+        "a-very-long_q12"
+    );
+    assert_eq!(thread_name("ééééééééé", 0, ""), "éééééé_q0");
 }

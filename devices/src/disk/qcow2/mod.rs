@@ -55,7 +55,7 @@ use self::queue::ChainQueue;
 use self::write::{Control, GrowError, Writable};
 use super::open::HostFile;
 use super::steps::Steps;
-use super::{BackingInfo, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR};
+use super::{BackingInfo, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR, Threads};
 use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
 
@@ -280,7 +280,7 @@ impl Image for Qcow2Image {
         }
     }
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
+    fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>> {
         if let Some(writable) = &self.writable {
             let writable = writable
                 .lock()
@@ -288,13 +288,14 @@ impl Image for Qcow2Image {
                 .take();
             // There is one queue only.
             let writable = writable.ok_or(io::Error::from(Errno::BUSY))?;
-            return writable.into_queue(depth, self.options.disable_io_uring);
+            return writable.into_queue(depth, self.options.disable_io_uring, threads);
         }
         let chain = self.chain.clone();
         Ok(Box::new(ChainQueue::new(
             chain,
             depth,
             self.options.disable_io_uring,
+            threads,
         )?))
     }
 }

@@ -7,8 +7,9 @@
 //!                 └── slice ──┴─ slice not here ──► op ─► cache
 //! ```
 //!
-//! What a task does is decided in `task`. Ops are done by an io_uring, or by plain system calls
-//! where the kernel refuses to make one; through the page cache, what is cached is read at once.
+//! What a task does is decided in `task`. Ops are done by an io_uring, or where the kernel refuses
+//! to make one by the threads of a pool, or without one by plain system calls; through the page
+//! cache, what is cached is read at once.
 //!
 //! The rule that makes the `unsafe` code sound: from the moment an entry is pushed into the ring
 //! until its completion has been seen, its op stays in its slot, untouched; a queue that is dropped
@@ -16,6 +17,7 @@
 #![expect(unsafe_code, reason = "hands pointers to an io_uring")]
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use io_uring::opcode;
 use rustix::io::Errno;
 
 use super::super::buffers::{Buffers, read_at};
+use super::super::pool::{Pool, Threads, Work};
 use super::super::ring::{self, Ring};
 use super::super::{Completion, Operation, Queue, Request};
 use super::cache::SliceKey;
@@ -36,7 +39,7 @@ use crate::sandbox::Allow;
 
 /// What the thread of a queue with a ring needs.
 pub const URING_SYSCALLS: &[Allow] = &[ring::ENTER, ring::ENABLE, allow!(preadv2)];
-/// What the thread of a queue without one needs.
+/// What the thread of a queue without one needs, and those of its pool.
 pub const SYNC_SYSCALLS: &[Allow] = &[allow!(preadv), allow!(preadv2)];
 
 const OPERATIONS: [u8; 2] = [opcode::Read::CODE, opcode::Readv::CODE];
@@ -44,10 +47,30 @@ const OPERATIONS: [u8; 2] = [opcode::Read::CODE, opcode::Readv::CODE];
 /// Ops at a time, beside one for each request.
 const EXTRA_OPS: u16 = 64;
 
+/// Who does the ops.
+enum Backend {
+    Ring(Box<Ring>),
+    Pool(Pool<Op>),
+    Plain,
+}
+
+impl Work for Op {
+    fn perform(&mut self, files: &[Arc<File>]) -> Result<usize, Errno> {
+        let file = files.get(usize::from(self.layer)).ok_or(Errno::BADF)?;
+        read(file, self, false)
+    }
+}
+
+/// Reads what is left of an op; `nowait` has it fail with EAGAIN where that would wait for the disk.
+fn read(file: &File, op: &Op, nowait: bool) -> Result<usize, Errno> {
+    read_at(file.as_fd(), op.buffers.parts(), op.offset, nowait)
+        .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))
+}
+
 /// See the module.
 pub struct ChainQueue {
     pub(super) chain: Arc<Chain>,
-    ring: Option<Ring>,
+    backend: Backend,
     pub(super) tasks: Vec<Option<Task>>,
     free_tasks: Vec<u16>,
     ops: Vec<Option<Op>>,
@@ -71,7 +94,12 @@ pub struct ChainQueue {
 
 impl ChainQueue {
     /// A queue that holds up to `depth` requests.
-    pub fn new(chain: Arc<Chain>, depth: u16, disable_io_uring: bool) -> io::Result<Self> {
+    pub fn new(
+        chain: Arc<Chain>,
+        depth: u16,
+        disable_io_uring: bool,
+        threads: Option<&Threads>,
+    ) -> io::Result<Self> {
         let count = depth.saturating_add(EXTRA_OPS);
         let files: Vec<RawFd> = chain
             .layers
@@ -80,18 +108,19 @@ impl ChainQueue {
             .collect();
         let ring = match disable_io_uring {
             true => None,
-            false => match Ring::new(count.into(), &files, &OPERATIONS) {
-                Ok(ring) => Some(ring),
-                Err(error) if ring::is_refusal(&error) => {
-                    tracing::warn!(%error, "no io_uring; using plain system calls");
-                    None
-                }
-                Err(error) => return Err(error),
-            },
+            false => ring::unless_refused(Ring::new(count.into(), &files, &OPERATIONS))?,
+        };
+        let backend = match ring {
+            Some(ring) => Backend::Ring(Box::new(ring)),
+            None => {
+                let files = chain.layers.iter().map(|layer| layer.file.clone());
+                let pool = Pool::open(threads, depth, files.collect(), SYNC_SYSCALLS)?;
+                pool.map_or(Backend::Plain, Backend::Pool)
+            }
         };
         Ok(Self {
             chain,
-            ring,
+            backend,
             tasks: (0..depth).map(|_| None).collect(),
             free_tasks: (0..depth).rev().collect(),
             ops: (0..count).map(|_| None).collect(),
@@ -136,17 +165,14 @@ impl ChainQueue {
         }
     }
 
-    /// Has the host read, at once or in the ring; the result if it was at once.
+    /// Has the host read, at once or in its own time; the result if it was at once.
     fn perform(&mut self, slot: u16) -> Option<io::Result<()>> {
         let op = self.ops.get_mut(usize::from(slot))?.as_mut()?;
         let layer = self.chain.layers.get(usize::from(op.layer))?;
         loop {
-            let waits = self.ring.is_none();
+            let waits = matches!(self.backend, Backend::Plain);
             if waits || (layer.direct.is_none() && !self.no_nowait) {
-                let parts = op.buffers.parts();
-                let result = read_at(layer.file.as_fd(), parts, op.offset, !waits)
-                    .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
-                match result {
+                match read(&layer.file, op, !waits) {
                     Err(Errno::AGAIN) if !waits => {}
                     Err(Errno::OPNOTSUPP) if !waits => self.no_nowait = true,
                     result => match op.finished(result, layer) {
@@ -155,7 +181,15 @@ impl ChainQueue {
                     },
                 }
             }
-            let ring = self.ring.as_mut()?;
+            let ring = match &mut self.backend {
+                Backend::Ring(ring) => ring,
+                Backend::Pool(pool) => {
+                    let op = self.ops.get_mut(usize::from(slot))?.take()?;
+                    pool.push(slot.into(), op);
+                    return None;
+                }
+                Backend::Plain => return None,
+            };
             let entry = ring::read(op.layer.into(), op.buffers.parts(), op.offset);
             // SAFETY: the entry points to memory that the op's buffers keep alive, and the op stays
             // in its slot until the completion is seen (see the module).
@@ -241,10 +275,24 @@ impl ChainQueue {
         });
     }
 
-    /// Takes what the ring has completed, and goes on with those tasks.
+    /// An op that the host has done, which is in its slot again, and what came of it.
+    fn next(&mut self) -> Option<(u16, Result<usize, Errno>)> {
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.next().map(|(slot, result)| (slot as u16, result)),
+            Backend::Pool(pool) => {
+                let (slot, op, result) = pool.take()?;
+                if let Some(place) = self.ops.get_mut(slot) {
+                    *place = Some(op);
+                }
+                Some((slot as u16, result))
+            }
+            Backend::Plain => None,
+        }
+    }
+
+    /// Takes what the host has done, and goes on with those tasks.
     fn harvest(&mut self) -> io::Result<()> {
-        while let Some((slot, result)) = self.ring.as_mut().and_then(Ring::next) {
-            let slot = slot as u16;
+        while let Some((slot, result)) = self.next() {
             let Some(Some(op)) = self.ops.get_mut(usize::from(slot)) else {
                 continue;
             };
@@ -269,14 +317,15 @@ impl ChainQueue {
             self.ready.push_back(number);
             self.run();
         }
-        match &mut self.ring {
-            Some(ring) => ring.start(),
-            None => Ok(()),
-        }
+        self.start()
     }
 
     fn in_flight(&self) -> usize {
-        self.ring.as_ref().map_or(0, Ring::in_flight)
+        match &self.backend {
+            Backend::Ring(ring) => ring.in_flight(),
+            Backend::Pool(pool) => pool.in_flight(),
+            Backend::Plain => 0,
+        }
     }
 
     fn check(&self, request: &Request) -> Result<(), Errno> {
@@ -325,14 +374,14 @@ impl Queue for ChainQueue {
     }
 
     fn start(&mut self) -> io::Result<()> {
-        match &mut self.ring {
-            Some(ring) => ring.start(),
-            None => Ok(()),
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.start(),
+            _ => Ok(()),
         }
     }
 
     fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
-        if let Some(ring) = &mut self.ring {
+        if let Backend::Ring(ring) = &mut self.backend {
             ring.fetch()?;
         }
         self.harvest()?;
@@ -347,8 +396,10 @@ impl Queue for ChainQueue {
                 completed.append(&mut self.done);
                 return Ok(());
             }
-            if let Some(ring) = &mut self.ring {
-                ring.enter(1)?;
+            match &mut self.backend {
+                Backend::Ring(ring) => ring.enter(1)?,
+                Backend::Pool(pool) => pool.wait(),
+                Backend::Plain => {}
             }
         }
     }
@@ -358,19 +409,25 @@ impl Queue for ChainQueue {
     }
 
     fn descriptor(&self) -> Option<RawFd> {
-        self.ring.as_ref().map(Ring::descriptor)
+        match &self.backend {
+            Backend::Ring(ring) => Some(ring.descriptor()),
+            Backend::Pool(pool) => Some(pool.descriptor()),
+            Backend::Plain => None,
+        }
     }
 
     fn acknowledge(&mut self) {
-        if let Some(ring) = &mut self.ring {
-            ring.acknowledge();
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.acknowledge(),
+            Backend::Pool(pool) => pool.acknowledge(),
+            Backend::Plain => {}
         }
     }
 
     fn syscalls(&self) -> &'static [Allow] {
-        match self.ring {
-            Some(_) => URING_SYSCALLS,
-            None => SYNC_SYSCALLS,
+        match self.backend {
+            Backend::Ring(_) => URING_SYSCALLS,
+            Backend::Pool(_) | Backend::Plain => SYNC_SYSCALLS,
         }
     }
 }

@@ -1,17 +1,17 @@
 //! The raw engine: the bytes of the disk lie in a file or block device as they are.
 //!
 //! What has to be done for a request is decided in `job`, step by step; the steps are done by an
-//! io_uring (`uring`), or by plain system calls on the queue's own thread (`sync`) where the kernel
-//! refuses to make one.
+//! io_uring, or where the kernel refuses to make one by the threads of a pool (`queue`), or without
+//! one by plain system calls on the queue's own thread (`sync`).
 
 mod job;
+mod queue;
 mod sync;
 #[cfg(test)]
 mod tests;
-mod uring;
 
+pub use queue::SYSCALLS as URING_SYSCALLS;
 pub use sync::SYSCALLS as SYNC_SYSCALLS;
-pub use uring::SYSCALLS as URING_SYSCALLS;
 
 use std::fs::File;
 use std::io;
@@ -23,6 +23,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::lock::ImageLock;
+use super::pool::{Pool, Threads};
 use super::space::is_no_space;
 use super::{Format, Geometry, Image, ImageInfo, OpenOptions, Queue, open, ring};
 use crate::config::{BuildError, Invalid};
@@ -113,17 +114,18 @@ impl Image for RawImage {
         self.serial.clone()
     }
 
-    fn open_queue(&self, depth: u16) -> io::Result<Box<dyn Queue>> {
-        if !self.disable_io_uring {
-            match uring::UringQueue::new(self.host.clone(), depth) {
-                Ok(queue) => return Ok(Box::new(queue)),
-                Err(error) if ring::is_refusal(&error) => {
-                    tracing::warn!(%error, "no io_uring; using plain system calls");
-                }
-                Err(error) => return Err(error),
-            }
+    fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>> {
+        let host = self.host.clone();
+        if !self.disable_io_uring
+            && let Some(ring) = ring::unless_refused(queue::ring(&host, depth))?
+        {
+            return Ok(Box::new(queue::RawQueue::new(host, depth, ring.into())));
         }
-        Ok(Box::new(sync::SyncQueue::new(self.host.clone(), depth)))
+        let files = vec![host.file.clone()];
+        if let Some(pool) = Pool::open(threads, depth, files, sync::SYSCALLS)? {
+            return Ok(Box::new(queue::RawQueue::new(host, depth, pool.into())));
+        }
+        Ok(Box::new(sync::SyncQueue::new(host, depth)))
     }
 
     fn host_file(&self) -> Arc<File> {

@@ -3,10 +3,12 @@
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::super::{Buffers, Completion, LockGranularity, Operation, Request};
 use super::*;
 use crate::guest_memory::GuestRam;
+use crate::sandbox::SeccompMode;
 
 const SIZE: u64 = 4 << 20;
 
@@ -19,6 +21,18 @@ struct Engine {
 
 /// An image in `folder`, and a queue of four requests.
 fn engine(folder: &str, sync: bool, direct: bool) -> Engine {
+    engine_with(folder, sync, direct, None)
+}
+
+/// The same without io_uring, with threads.
+fn pooled(direct: bool) -> Engine {
+    let threads = Threads::of_queue("raw_io".into(), SeccompMode::Enforce, 1);
+    let engine = engine_with(&folder(), true, direct, Some(&threads));
+    assert!(engine.queue.descriptor().is_some());
+    engine
+}
+
+fn engine_with(folder: &str, sync: bool, direct: bool, threads: Option<&Threads>) -> Engine {
     let file = tempfile::NamedTempFile::new_in(folder).unwrap();
     file.as_file()
         .write_all_at(&vec![0xaa; SIZE as usize], 0)
@@ -34,7 +48,7 @@ fn engine(folder: &str, sync: bool, direct: bool) -> Engine {
     })
     .unwrap();
     Engine {
-        queue: image.open_queue(4).unwrap(),
+        queue: image.open_queue_with(4, threads).unwrap(),
         memory: Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap()),
         file,
         _image: image,
@@ -201,8 +215,11 @@ fn reads_past_the_end_fail_and_holes_read_as_zeroes() {
 
 #[test]
 fn a_completion_wakes_the_thread_once() {
-    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-    let mut engine = engine(&folder(), false, true);
+    assert_wakes_once(engine(&folder(), false, true));
+    assert_wakes_once(pooled(true));
+}
+
+fn assert_wakes_once(mut engine: Engine) {
     let Some(descriptor) = engine.queue.descriptor() else {
         return;
     };
@@ -231,8 +248,11 @@ fn a_completion_wakes_the_thread_once() {
 
 #[test]
 fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
-    for _ in 0..50 {
-        let mut engine = engine(&folder(), false, true);
+    for round in 0..50 {
+        let mut engine = match round % 2 {
+            0 => engine(&folder(), false, true),
+            _ => pooled(true),
+        };
         for tag in 0..4 {
             let write = Operation::Write { durable: true };
             let request = engine.request(tag, write, u64::from(tag) * 65536, 65536);
@@ -244,6 +264,58 @@ fn a_queue_dropped_with_requests_in_flight_waits_for_them() {
         let mut bytes = vec![1; 4 * 65536];
         file.as_file().read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(bytes, vec![0; 4 * 65536]);
+    }
+}
+
+#[test]
+fn threads_do_what_a_ring_does() {
+    for direct in [false, true] {
+        let mut engine = pooled(direct);
+        for durable in [false, true] {
+            let bytes: Vec<u8> = (0..65536).map(|i| (i % 251) as u8).collect();
+            engine.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+            engine
+                .run(Operation::Write { durable }, 1 << 20, 65536)
+                .unwrap();
+            assert!(engine.content(1 << 20, 65536) == bytes);
+            engine
+                .memory
+                .write_slice(&[1; 65536], GuestAddress(0))
+                .unwrap();
+            engine.run(Operation::Read, 1 << 20, 65536).unwrap();
+            let mut read = vec![0; 65536];
+            engine
+                .memory
+                .read_slice(&mut read, GuestAddress(0))
+                .unwrap();
+            assert!(read == bytes, "direct {direct}");
+            for unmap in [false, true] {
+                let zeroes = Operation::WriteZeroes { unmap, durable };
+                engine.run(zeroes, 1 << 20, 8192).unwrap();
+                assert_eq!(engine.content(1 << 20, 8192), [0; 8192]);
+                let write = Operation::Write { durable };
+                engine.run(write, 1 << 20, 8192).unwrap();
+            }
+        }
+        engine.run(Operation::Discard, 2 << 20, 1 << 20).unwrap();
+        engine.run(Operation::Flush, 0, 0).unwrap();
+        // One too many is refused, whatever the threads are at.
+        for tag in 0..5 {
+            let request = engine.request(tag, Operation::Read, u64::from(tag) * 4096, 4096);
+            engine.queue.push(request);
+        }
+        let mut results: Vec<_> = (engine.finish().into_iter())
+            .map(|done| (done.tag, done.result.is_ok()))
+            .collect();
+        results.sort_unstable();
+        assert_eq!(results.len(), 5);
+        assert!(results[..4].iter().all(|(_, ok)| *ok));
+        if direct {
+            assert_eq!(results[4], (4, false));
+        }
+        engine.file.as_file().set_len(1 << 20).unwrap();
+        let error = engine.run(Operation::Read, 1 << 20, 4096).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }
 

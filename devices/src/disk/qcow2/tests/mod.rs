@@ -15,6 +15,7 @@ use self::qemu::Random;
 use super::super::{Buffers, Completion, LockGranularity, Operation, Request};
 use super::*;
 use crate::guest_memory::GuestRam;
+use crate::sandbox::SeccompMode;
 
 const MEMORY: usize = 8 << 20;
 const DEPTH: u16 = 16;
@@ -49,13 +50,17 @@ struct Engine {
 
 impl Engine {
     fn open(options: &OpenOptions) -> Result<Self, BuildError> {
+        Self::open_with(options, None)
+    }
+
+    fn open_with(options: &OpenOptions, threads: Option<&Threads>) -> Result<Self, BuildError> {
         let image = Qcow2Image::open(options)?;
         let ranges = [
             (GuestAddress(0), 12345 << 8),
             (GuestAddress(12345 << 8), MEMORY - (12345 << 8)),
         ];
         Ok(Self {
-            queue: image.open_queue(DEPTH).unwrap(),
+            queue: image.open_queue_with(DEPTH, threads).unwrap(),
             image,
             memory: Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()),
         })
@@ -141,5 +146,11 @@ fn compare_with_qemu(path: &Path) {
         options.disable_io_uring = sync;
         let mut engine = Engine::open(&options).unwrap();
         engine.compare(&expected, &mut random);
+        if sync {
+            let threads = Threads::of_queue("qcow2_io".into(), SeccompMode::Enforce, 1);
+            let mut engine = Engine::open_with(&options, Some(&threads)).unwrap();
+            assert!(engine.queue.descriptor().is_some());
+            engine.compare(&expected, &mut random);
+        }
     }
 }

@@ -2,9 +2,9 @@
 //! future that is ready when it is done.
 //!
 //! An operation owns its buffers from the moment it begins until the host is done with it, whether
-//! or not anybody still waits for it. Done by an io_uring, or by plain system calls where the
-//! kernel refuses to make one; through the page cache, reads of what is cached and writes are done
-//! at once.
+//! or not anybody still waits for it. Done by an io_uring, or where the kernel refuses to make one
+//! by the threads of a pool, to which operations move, or without one by plain system calls; through
+//! the page cache, reads of what is cached and writes are done at once.
 //!
 //! The rule that makes the `unsafe` code sound: from the moment an entry is pushed into the ring
 //! until its completion has been seen, its operation stays in its slot, untouched; [`Io`] leaks the
@@ -25,6 +25,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::super::super::buffers::{Buffers, as_iovecs, read_at, write_at};
+use super::super::super::pool::{Pool, Work};
 use super::super::super::ring::{self, Ring};
 use super::lock::locked;
 
@@ -71,7 +72,7 @@ pub struct HostOp {
     pub buffers: Buffers,
     /// The file should have so many bytes.
     pub expected_bytes: u64,
-    /// Not to be done at once where there is a ring.
+    /// Not to be done at once where there is a ring or a pool.
     pub apart: bool,
 }
 
@@ -80,7 +81,8 @@ enum Slot {
     /// The host is at it, or will be. Whoever waits left a waker; nobody does any more once
     /// `abandoned`.
     Busy {
-        op: HostOp,
+        /// Away while a pool is at it.
+        op: Option<HostOp>,
         waker: Option<Waker>,
         abandoned: bool,
     },
@@ -101,6 +103,7 @@ pub trait Simulation: Send {
 /// Who does the operations.
 pub enum Backend {
     Ring(Box<Ring>),
+    Pool(Box<Pool<HostOp>>),
     Plain,
     #[cfg(test)]
     Simulated(Box<dyn Simulation>),
@@ -116,7 +119,7 @@ struct State {
     files: Vec<HostFile>,
     slots: Vec<Slot>,
     free: Vec<usize>,
-    /// Operations for which the ring has had no room yet.
+    /// Operations for which the host has had no room yet.
     backlog: VecDeque<usize>,
     capacity: usize,
     in_flight: usize,
@@ -139,7 +142,8 @@ pub struct Ticket {
 }
 
 impl Io {
-    /// With a ring of `capacity` entries, the backend's if it is one.
+    /// With a ring of `capacity` entries, or a pool that is given so many at a time, the backend's
+    /// if it is one.
     pub fn new(backend: Backend, files: Vec<HostFile>, capacity: usize) -> Self {
         Self {
             state: Arc::new(Mutex::new(State {
@@ -155,12 +159,18 @@ impl Io {
         }
     }
 
-    /// Whether there is a ring.
-    pub fn ring_descriptor(&self) -> Option<std::os::fd::RawFd> {
+    /// Readable when there may be something to harvest, where not all is done at once.
+    pub fn descriptor(&self) -> Option<std::os::fd::RawFd> {
         match &locked(&self.state).backend {
             Backend::Ring(ring) => Some(ring.descriptor()),
+            Backend::Pool(pool) => Some(pool.descriptor()),
             _ => None,
         }
+    }
+
+    /// Whether there is a ring.
+    pub fn has_ring(&self) -> bool {
+        matches!(locked(&self.state).backend, Backend::Ring(_))
     }
 
     /// Whether all is done at once.
@@ -170,8 +180,10 @@ impl Io {
 
     /// Makes the descriptor unreadable until the next completion.
     pub fn acknowledge(&self) {
-        if let Backend::Ring(ring) = &mut locked(&self.state).backend {
-            ring.acknowledge();
+        match &mut locked(&self.state).backend {
+            Backend::Ring(ring) => ring.acknowledge(),
+            Backend::Pool(pool) => pool.acknowledge(),
+            _ => {}
         }
     }
 
@@ -179,7 +191,7 @@ impl Io {
     pub fn begin(&self, op: HostOp) -> Ticket {
         let mut state = locked(&self.state);
         let slot = Slot::Busy {
-            op,
+            op: Some(op),
             waker: None,
             abandoned: false,
         };
@@ -218,12 +230,13 @@ impl Io {
         match &mut state.backend {
             Backend::Plain => return Ok(false),
             Backend::Ring(ring) => ring.fetch()?,
+            Backend::Pool(_) => {}
             #[cfg(test)]
             Backend::Simulated(simulation) => {
                 let Some(number) = simulation.choose() else {
                     return Ok(false);
                 };
-                let Some(Slot::Busy { op, .. }) = state.slots.get_mut(number) else {
+                let Some(Slot::Busy { op: Some(op), .. }) = state.slots.get_mut(number) else {
                     return Ok(false);
                 };
                 let result = simulation.perform(number, op);
@@ -233,12 +246,10 @@ impl Io {
             }
         }
         loop {
-            while let Backend::Ring(ring) = &mut state.backend
-                && let Some((number, result)) = ring.next()
-            {
+            while let Some((number, result)) = state.next() {
                 found = true;
                 state.in_flight = state.in_flight.saturating_sub(1);
-                state.finished(number as usize, result);
+                state.finished(number, result);
             }
             while state.in_flight < state.capacity
                 && let Some(number) = state.backlog.pop_front()
@@ -248,8 +259,10 @@ impl Io {
             if found || !wait || state.in_flight == 0 {
                 return Ok(found);
             }
-            if let Backend::Ring(ring) = &mut state.backend {
-                ring.enter(1)?;
+            match &mut state.backend {
+                Backend::Ring(ring) => ring.enter(1)?,
+                Backend::Pool(pool) => pool.wait(),
+                _ => return Ok(found),
             }
         }
     }
@@ -264,7 +277,7 @@ impl Io {
 impl Drop for Io {
     fn drop(&mut self) {
         let mut state = locked(&self.state);
-        if state.in_flight > 0 {
+        if state.in_flight > 0 && matches!(state.backend, Backend::Ring(_)) {
             // The kernel may still write to what these point to.
             std::mem::forget(std::mem::take(&mut state.slots));
         }
@@ -275,7 +288,7 @@ impl State {
     /// Has the host do an operation, at once or in its own time.
     fn perform(&mut self, number: usize) {
         loop {
-            let Some(Slot::Busy { op, .. }) = self.slots.get_mut(number) else {
+            let Some(Slot::Busy { op: Some(op), .. }) = self.slots.get_mut(number) else {
                 return;
             };
             let Some(host) = self.files.get(usize::from(op.file)) else {
@@ -283,7 +296,7 @@ impl State {
             };
             let plain = match &mut self.backend {
                 Backend::Plain => true,
-                Backend::Ring(_) => false,
+                Backend::Ring(_) | Backend::Pool(_) => false,
                 #[cfg(test)]
                 Backend::Simulated(simulation) => {
                     self.in_flight += 1;
@@ -320,10 +333,19 @@ impl State {
     }
 
     fn submit(&mut self, number: usize) {
-        let (Some(Slot::Busy { op, .. }), Backend::Ring(ring)) =
-            (self.slots.get_mut(number), &mut self.backend)
-        else {
+        let Some(Slot::Busy { op: slot, .. }) = self.slots.get_mut(number) else {
             return;
+        };
+        let (ring, op) = match (&mut self.backend, &*slot) {
+            (Backend::Ring(ring), Some(op)) => (ring, op),
+            (Backend::Pool(pool), Some(_)) => {
+                if let Some(op) = slot.take() {
+                    pool.push(number, op);
+                    self.in_flight += 1;
+                }
+                return;
+            }
+            _ => return,
         };
         let entry = entry(op).user_data(number as u64);
         // SAFETY: the entry points to memory that the op's buffers keep alive, and the op stays in
@@ -337,9 +359,24 @@ impl State {
         }
     }
 
-    /// Takes the result of a step that went through the ring.
+    /// An operation of which the host has done a step, and the result.
+    fn next(&mut self) -> Option<(usize, Result<usize, Errno>)> {
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.next().map(|(number, done)| (number as usize, done)),
+            Backend::Pool(pool) => {
+                let (number, op, result) = pool.take()?;
+                if let Some(Slot::Busy { op: slot, .. }) = self.slots.get_mut(number) {
+                    *slot = Some(op);
+                }
+                Some((number, result))
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes the result of a step that the host has done in its own time.
     fn finished(&mut self, number: usize, result: Result<usize, Errno>) {
-        let Some(Slot::Busy { op, .. }) = self.slots.get_mut(number) else {
+        let Some(Slot::Busy { op: Some(op), .. }) = self.slots.get_mut(number) else {
             return;
         };
         let Some(host) = self.files.get(usize::from(op.file)) else {
@@ -367,7 +404,8 @@ impl State {
             self.free.push(number);
             return;
         }
-        *slot = Slot::Done(result, op.buffers);
+        let buffers = op.map(|op| op.buffers).unwrap_or_default();
+        *slot = Slot::Done(result, buffers);
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -419,6 +457,13 @@ impl Drop for Ticket {
             }
             _ => {}
         }
+    }
+}
+
+impl Work for HostOp {
+    fn perform(&mut self, files: &[Arc<File>]) -> Result<usize, Errno> {
+        let file = files.get(usize::from(self.file)).ok_or(Errno::BADF)?;
+        perform(file, self, false)
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use super::super::super::pool::{Pool, Threads};
 use super::super::super::ring::{self, Ring};
 use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
@@ -22,7 +23,7 @@ use super::io::{Backend, HostFile, Io, OPERATIONS};
 use super::leaks::{MAX_CLUSTERS, MAX_TABLES, Marks, SnapshotTables};
 use super::lock::RangeLock;
 use super::pages::Pages;
-use super::queue::WriteQueue;
+use super::queue::{SYNC_SYSCALLS, WriteQueue};
 use super::refcounts::Widths;
 use crate::config::{BuildError, Invalid};
 
@@ -140,21 +141,27 @@ impl Writable {
     }
 
     /// The only queue there is for it.
-    pub fn into_queue(self, depth: u16, disable_io_uring: bool) -> io::Result<Box<dyn Queue>> {
+    pub fn into_queue(
+        self,
+        depth: u16,
+        disable_io_uring: bool,
+        threads: Option<&Threads>,
+    ) -> io::Result<Box<dyn Queue>> {
         let capacity = depth.saturating_add(EXTRA_OPS);
-        let backend = match disable_io_uring {
-            true => Backend::Plain,
+        let ring = match disable_io_uring {
+            true => None,
             false => {
                 let files = self.chain.layers.iter().map(|layer| layer.file.as_raw_fd());
                 let files: Vec<_> = files.collect();
-                match Ring::new(capacity.into(), &files, &OPERATIONS) {
-                    Ok(ring) => Backend::Ring(Box::new(ring)),
-                    Err(error) if ring::is_refusal(&error) => {
-                        tracing::warn!(%error, "no io_uring; using plain system calls");
-                        Backend::Plain
-                    }
-                    Err(error) => return Err(error),
-                }
+                ring::unless_refused(Ring::new(capacity.into(), &files, &OPERATIONS))?
+            }
+        };
+        let backend = match ring {
+            Some(ring) => Backend::Ring(Box::new(ring)),
+            None => {
+                let files = self.chain.layers.iter().map(|layer| layer.file.clone());
+                let pool = Pool::open(threads, depth, files.collect(), SYNC_SYSCALLS)?;
+                pool.map_or(Backend::Plain, |pool| Backend::Pool(Box::new(pool)))
             }
         };
         let engine = self.into_engine(backend, capacity.into());
@@ -171,6 +178,19 @@ impl Writable {
             Ok(ring) if !sync => Backend::Ring(Box::new(ring)),
             _ => Backend::Plain,
         };
+        let engine = self.into_engine(backend, (depth + EXTRA_OPS).into());
+        WriteQueue::new(Arc::new(engine), depth)
+    }
+
+    /// The same over the threads of a pool.
+    #[cfg(test)]
+    pub fn for_test_pooled(self) -> WriteQueue {
+        let depth = super::tests::DEPTH;
+        let seccomp = crate::sandbox::SeccompMode::Enforce;
+        let threads = Threads::of_queue("write_io".into(), seccomp, 1);
+        let files = self.chain.layers.iter().map(|layer| layer.file.clone());
+        let pool = Pool::open(Some(&threads), depth, files.collect(), SYNC_SYSCALLS);
+        let backend = Backend::Pool(Box::new(pool.unwrap().unwrap()));
         let engine = self.into_engine(backend, (depth + EXTRA_OPS).into());
         WriteQueue::new(Arc::new(engine), depth)
     }

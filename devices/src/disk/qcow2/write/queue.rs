@@ -35,7 +35,7 @@ pub const URING_SYSCALLS: &[Allow] = &[
     allow!(ftruncate),
 ];
 
-/// What the thread of a queue without one needs.
+/// What the thread of a queue without one needs, and those of its pool.
 pub const SYNC_SYSCALLS: &[Allow] = &[
     allow!(preadv),
     allow!(preadv2),
@@ -112,7 +112,7 @@ impl WriteQueue {
             free: (0..count).rev().collect(),
             depth: depth.into(),
             done: Vec::with_capacity(depth.into()),
-            has_ring: engine.io.ring_descriptor().is_some(),
+            has_ring: engine.io.has_ring(),
             engine,
             closed: false,
             own: 0,
@@ -341,7 +341,7 @@ impl Queue for WriteQueue {
     }
 
     fn descriptor(&self) -> Option<RawFd> {
-        self.engine.io.ring_descriptor()
+        self.engine.io.descriptor()
     }
 
     fn acknowledge(&mut self) {

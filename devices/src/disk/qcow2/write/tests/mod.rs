@@ -6,6 +6,7 @@ mod geometries;
 mod grow;
 mod hostile;
 mod leaks;
+mod pool;
 mod populate;
 mod sim;
 mod zero;

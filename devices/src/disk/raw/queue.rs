@@ -1,9 +1,10 @@
-//! The raw engine over an io_uring.
+//! The raw engine over an io_uring, or over the threads of a pool.
 //!
-//! The ring ([`super::super::ring`]) does six operations on one file.
+//! The ring ([`super::super::ring`]) does six operations on one file. To a pool
+//! ([`super::super::pool`]) a job moves for each of its steps.
 //!
 //! Through the page cache, reads of what is cached and writes are done at once by plain system
-//! calls: in a ring they would cost a round through a kernel worker thread.
+//! calls: they would cost a round through a thread of the kernel, or of ours.
 //!
 //! The rule that makes the `unsafe` code sound: from the moment an entry is pushed until its
 //! completion has been seen, its job stays in its slot, untouched; a queue that is dropped earlier
@@ -11,6 +12,7 @@
 #![expect(unsafe_code, reason = "hands pointers to an io_uring")]
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -20,15 +22,16 @@ use io_uring::{opcode, types};
 use rustix::io::Errno;
 
 use super::super::buffers::{AlignedBuffer, Part, as_iovecs};
+use super::super::pool::{Pool, Work};
 use super::super::ring::{self, Ring, short};
 use super::super::{Completion, Queue, Request};
 use super::Host;
 use super::job::{AGAIN_PAUSE, After, BOUNCE, Job, Step, refusal};
-use super::sync::perform;
+use super::sync::{self, perform};
 use crate::allow;
 use crate::sandbox::Allow;
 
-/// What the thread needs beside the ring's own operations.
+/// What the thread of a queue with a ring needs beside the ring's own operations.
 pub const SYSCALLS: &[Allow] = &[
     ring::ENTER,
     ring::ENABLE,
@@ -53,29 +56,65 @@ const FILE: types::Fixed = types::Fixed(0);
 /// Bounce buffers per queue; requests beyond them wait for one.
 const MAX_BOUNCES: usize = 4;
 
+/// A ring for a queue of `depth` requests. Fails where the kernel has no io_uring.
+pub fn ring(host: &Host, depth: u16) -> io::Result<Ring> {
+    Ring::new(depth.into(), &[host.file.as_raw_fd()], &OPERATIONS)
+}
+
+/// A step of a job, on its way through a pool.
+pub struct Piece {
+    job: Job,
+    step: Step,
+}
+
+impl Work for Piece {
+    fn perform(&mut self, files: &[Arc<File>]) -> Result<usize, Errno> {
+        let file = files.first().ok_or(Errno::BADF)?;
+        perform(file, self.step, &mut self.job, false)
+    }
+}
+
+/// Who does the steps.
+pub enum Backend {
+    Ring(Box<Ring>),
+    Pool(Box<Pool<Piece>>),
+}
+
+impl From<Ring> for Backend {
+    fn from(ring: Ring) -> Self {
+        Self::Ring(Box::new(ring))
+    }
+}
+
+impl From<Pool<Piece>> for Backend {
+    fn from(pool: Pool<Piece>) -> Self {
+        Self::Pool(Box::new(pool))
+    }
+}
+
 /// See the module.
-pub struct UringQueue {
+pub struct RawQueue {
     host: Arc<Host>,
-    ring: Ring,
+    backend: Backend,
+    /// Empty while a pool is at the job.
     slots: Vec<Option<Job>>,
     free: Vec<u16>,
     /// Slots whose job waits for a bounce buffer.
     waiting: VecDeque<u16>,
     bounces: Vec<AlignedBuffer>,
     bounces_made: usize,
-    /// Completed without the ring.
+    /// Completed, and not yet given back.
     done: Vec<Completion>,
     /// The file system can't tell whether a read would wait.
     no_nowait: bool,
 }
 
-impl UringQueue {
-    /// A queue that holds up to `depth` requests. Fails where the kernel has no io_uring.
-    pub fn new(host: Arc<Host>, depth: u16) -> io::Result<Self> {
-        let ring = Ring::new(depth.into(), &[host.file.as_raw_fd()], &OPERATIONS)?;
-        Ok(Self {
+impl RawQueue {
+    /// A queue that holds up to `depth` requests, as many as the backend has room for.
+    pub fn new(host: Arc<Host>, depth: u16, backend: Backend) -> Self {
+        Self {
             host,
-            ring,
+            backend,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             waiting: VecDeque::new(),
@@ -83,7 +122,7 @@ impl UringQueue {
             bounces_made: 0,
             done: Vec::with_capacity(depth.into()),
             no_nowait: false,
-        })
+        }
     }
 
     /// Goes on with the job in `slot` until it waits for the kernel or is done.
@@ -128,19 +167,27 @@ impl UringQueue {
         }
     }
 
-    /// Puts a step into the ring.
+    /// Has the host do a step in its own time.
     fn submit(&mut self, slot: u16, step: Step) {
-        let Some(job) = self
-            .slots
-            .get_mut(usize::from(slot))
-            .and_then(Option::as_mut)
-        else {
+        let Some(place) = self.slots.get_mut(usize::from(slot)) else {
+            return;
+        };
+        let ring = match &mut self.backend {
+            Backend::Ring(ring) => ring,
+            Backend::Pool(pool) => {
+                if let Some(job) = place.take() {
+                    pool.push(slot.into(), Piece { job, step });
+                }
+                return;
+            }
+        };
+        let Some(job) = place else {
             return;
         };
         let entry = entry(step, job.parts()).user_data(slot.into());
         // SAFETY: the pointers in the entry are to memory that the job keeps alive, and the job
         // stays in its slot until the completion is seen (see the module).
-        if !unsafe { self.ring.push(&entry) } {
+        if !unsafe { ring.push(&entry) } {
             // Can't be: there is an entry for each slot, and a job has one at a time.
             self.finish(slot, Err(Errno::BUSY.into()));
         }
@@ -156,10 +203,30 @@ impl UringQueue {
         self.bounces.extend(bounce);
     }
 
-    /// Takes what the kernel has completed, and goes on with those jobs.
+    /// A job of which the host has done a step, which is in its slot again, and the result.
+    fn next(&mut self) -> Option<(u16, Result<usize, Errno>)> {
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.next().map(|(slot, result)| (slot as u16, result)),
+            Backend::Pool(pool) => {
+                let (slot, piece, result) = pool.take()?;
+                if let Some(place) = self.slots.get_mut(slot) {
+                    *place = Some(piece.job);
+                }
+                Some((slot as u16, result))
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        match &self.backend {
+            Backend::Ring(ring) => ring.in_flight(),
+            Backend::Pool(pool) => pool.in_flight(),
+        }
+    }
+
+    /// Takes what the host has done, and goes on with those jobs.
     fn harvest(&mut self) -> io::Result<()> {
-        while let Some((slot, result)) = self.ring.next() {
-            let slot = slot as u16;
+        while let Some((slot, result)) = self.next() {
             let Some(job) = self
                 .slots
                 .get_mut(usize::from(slot))
@@ -181,7 +248,7 @@ impl UringQueue {
         {
             self.advance(slot);
         }
-        self.ring.start()
+        self.start()
     }
 }
 
@@ -226,7 +293,7 @@ fn entry(step: Step, parts: &[Part]) -> Entry {
     }
 }
 
-impl Queue for UringQueue {
+impl Queue for RawQueue {
     fn push(&mut self, request: Request) {
         let Some(slot) = self.free.pop() else {
             self.done.push(refusal(request, Errno::BUSY));
@@ -245,11 +312,16 @@ impl Queue for UringQueue {
     }
 
     fn start(&mut self) -> io::Result<()> {
-        self.ring.start()
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.start(),
+            Backend::Pool(_) => Ok(()),
+        }
     }
 
     fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
-        self.ring.fetch()?;
+        if let Backend::Ring(ring) = &mut self.backend {
+            ring.fetch()?;
+        }
         self.harvest()?;
         completed.append(&mut self.done);
         Ok(())
@@ -258,11 +330,14 @@ impl Queue for UringQueue {
     fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
         loop {
             self.harvest()?;
-            if !self.done.is_empty() || self.ring.in_flight() == 0 {
+            if !self.done.is_empty() || self.in_flight() == 0 {
                 completed.append(&mut self.done);
                 return Ok(());
             }
-            self.ring.enter(1)?;
+            match &mut self.backend {
+                Backend::Ring(ring) => ring.enter(1)?,
+                Backend::Pool(pool) => pool.wait(),
+            }
         }
     }
 
@@ -271,22 +346,31 @@ impl Queue for UringQueue {
     }
 
     fn descriptor(&self) -> Option<RawFd> {
-        Some(self.ring.descriptor())
+        Some(match &self.backend {
+            Backend::Ring(ring) => ring.descriptor(),
+            Backend::Pool(pool) => pool.descriptor(),
+        })
     }
 
     fn acknowledge(&mut self) {
-        self.ring.acknowledge();
+        match &mut self.backend {
+            Backend::Ring(ring) => ring.acknowledge(),
+            Backend::Pool(pool) => pool.acknowledge(),
+        }
     }
 
     fn syscalls(&self) -> &'static [Allow] {
-        SYSCALLS
+        match &self.backend {
+            Backend::Ring(_) => SYSCALLS,
+            Backend::Pool(_) => sync::SYSCALLS,
+        }
     }
 }
 
-impl Drop for UringQueue {
+impl Drop for RawQueue {
     fn drop(&mut self) {
         let mut completed = Vec::new();
-        while self.ring.in_flight() > 0 {
+        while self.in_flight() > 0 {
             if self.wait(&mut completed).is_err() {
                 // The kernel may still write to what these point to.
                 std::mem::forget(std::mem::take(&mut self.slots));
