@@ -24,5 +24,6 @@ mod reset;
 mod serial;
 mod thin;
 mod thin_crash;
+mod thin_fio;
 mod userland;
 mod vm;
