@@ -17,9 +17,10 @@ fn errors(answer: &Answer) -> Vec<String> {
 /// Sends `operation` and says the status; an error must have the one shape.
 fn status(client: &mut Client, operation: &str) -> u16 {
     let answer = match operation {
-        "vm.info" | "vm.counters" | "vm.balloons" | "vm.balloon-stats" | "vm.overcommit" => {
-            client.get(operation)
-        }
+        "vm.info" | "vm.counters" | "vm.balloons" | "vm.balloon-stats" | "vm.overcommit"
+        | "vm.jobs" => client.get(operation),
+        "vm.stream-disk" => client.put(operation, r#"{"id":"_disk7"}"#),
+        "vm.set-job" | "vm.cancel-job" => client.put(operation, r#"{"id":"job7"}"#),
         "vm.disk-info" => client.get("vm.disk-info?id=_disk7"),
         "vm.resize-disk" => client.put(operation, r#"{"id":"_disk7","desired_size":512}"#),
         "vm.snapshot-disk" => client.put(operation, r#"{"disks":[{"id":"_disk7","path":"/o"}]}"#),
@@ -39,7 +40,11 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     answer.status
 }
 
-const OPERATIONS: [&str; 23] = [
+const OPERATIONS: [&str; 27] = [
+    "vm.stream-disk",
+    "vm.jobs",
+    "vm.set-job",
+    "vm.cancel-job",
     "vm.overcommit",
     "vm.disk-info",
     "vm.resize-disk",
@@ -111,12 +116,12 @@ fn a_verb_that_does_not_fit_the_state_is_409() {
         for (operation, status) in statuses(|| Server::with_vm(state)) {
             let expected = match operation {
                 "vm.create" => 409,
-                "vm.info" | "vm.overcommit" | "vm.add-disk" => 200,
+                "vm.info" | "vm.overcommit" | "vm.add-disk" | "vm.jobs" => 200,
                 "vm.delete" | "vm.resize" | "vm.resize-balloon" | "vm.set-overcommit" => 204,
                 "vm.balloons" if state != State::Created => 200,
                 "vm.balloon-stats" if state == State::Running => 200,
-                "vm.remove-device" => 404,
-                "vm.disk-info" if state != State::Created => 404,
+                "vm.remove-device" | "vm.set-job" | "vm.cancel-job" => 404,
+                "vm.disk-info" | "vm.stream-disk" if state != State::Created => 404,
                 "vm.resize-disk" | "vm.resume-disk" | "vm.snapshot-disk"
                     if state != State::Created =>
                 {

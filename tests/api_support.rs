@@ -49,7 +49,7 @@ impl FakeVmm {
                 }
                 Message::Command(command) => self.obey(command),
                 Message::Terminate => break,
-                Message::Guest | Message::Pressure => {}
+                Message::Guest | Message::Job | Message::Pressure => {}
             }
         }
         self.endpoint.events.emit("vmm", "shutdown", &[]);
@@ -127,6 +127,21 @@ impl FakeVmm {
             Command::SnapshotDisk { reply, .. } => {
                 answer!(reply, check(Verb::SnapshotDisk, state))
             }
+            Command::BeginJob { order, reply } => {
+                let job = check(Verb::BeginJob, state);
+                answer!(reply, job.and(Err(Error::UnknownDevice { id: order.disk })))
+            }
+            Command::Jobs { reply } => {
+                answer!(reply, check(Verb::Jobs, state).map(|()| Vec::new()))
+            }
+            Command::SetJob { id, reply, .. } => {
+                let job = check(Verb::SetJob, state);
+                answer!(reply, job.and(Err(Error::UnknownJob { id })))
+            }
+            Command::CancelJob { id, reply } => {
+                let job = check(Verb::CancelJob, state);
+                answer!(reply, job.and(Err(Error::UnknownJob { id })))
+            }
             Command::ResumeDisk { reply, .. } => answer!(reply, check(Verb::ResumeDisk, state)),
             Command::DiskInfo { id, reply } => {
                 let info = check(Verb::DiskInfo, state);
@@ -148,6 +163,7 @@ impl FakeVmm {
             }
             Command::Observe { reply } => {
                 let seen = self.view().zip(state).map(|(view, state)| Observation {
+                    jobs: Vec::new(),
                     state,
                     view,
                     balloons: Vec::new(),

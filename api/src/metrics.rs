@@ -5,6 +5,7 @@
 //! vCPUs, and ids of the devices that there are.
 
 mod disks;
+mod jobs;
 mod page;
 mod vm;
 

@@ -15,7 +15,7 @@ pub use downgrade::to_3_0;
 
 use crate::error::{Errors, PROBLEM_JSON, Problem};
 use crate::json;
-use crate::routes::{balloons, devices, disks, documents, events, observe, vm, vmm};
+use crate::routes::{balloons, devices, disks, documents, events, jobs, observe, vm, vmm};
 
 /// The document, as OpenAPI 3.1.
 pub const OPENAPI_3_1: &str = include_str!("../../openapi/ballast.json");
@@ -52,6 +52,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         vm::resize, vm::set_overcommit,
         devices::add_disk, devices::create_disk, devices::remove,
         disks::resize, disks::resume, disks::snapshot, disks::info,
+        jobs::stream, jobs::list, jobs::set, jobs::cancel,
         balloons::add, balloons::resize, balloons::list, balloons::stats,
         observe::overcommit, observe::metrics,
         events::stream, documents::openapi,

@@ -28,6 +28,7 @@ mod observe;
 mod overcommit;
 mod snapshot_disk;
 mod states;
+mod stream_disk;
 
 use serde_json::Value;
 use support::ballast::Ballast;

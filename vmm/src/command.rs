@@ -2,6 +2,7 @@
 //! the one inbox.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::mpsc;
 
 use devices::balloon::BalloonInfo;
@@ -13,6 +14,7 @@ use tokio::sync::{broadcast, oneshot, watch};
 use crate::config::{OvercommitConfig, VmConfig, VmResize};
 use crate::error::Error;
 use crate::event::{Event, Events};
+use crate::jobs::{JobInfo, NewJob};
 use crate::overcommit::view::View;
 use crate::status::{BalloonStats, Observation, PciDeviceInfo, Status, VmCounters};
 
@@ -88,6 +90,22 @@ pub enum Command {
         disks: Vec<DiskSnapshot>,
         reply: Reply<()>,
     },
+    /// `vm.stream-disk`: begin a job on a disk.
+    BeginJob {
+        order: NewJob,
+        reply: Reply<JobInfo>,
+    },
+    /// `vm.jobs`: the jobs there are, with the last that have ended.
+    Jobs { reply: Reply<Vec<JobInfo>> },
+    /// `vm.set-job`: have a job go faster or slower.
+    SetJob {
+        id: String,
+        /// Bytes that it may read in a second.
+        speed: Option<NonZeroU64>,
+        reply: Reply<()>,
+    },
+    /// `vm.cancel-job`: have a job end before it is done.
+    CancelJob { id: String, reply: Reply<()> },
     /// `vm.resume-disk`: try again what is held for lack of space; to `give_up` is to hold nothing
     /// of that any longer.
     ResumeDisk {
@@ -120,6 +138,8 @@ pub enum Message {
     /// The guest did something: look at the signals. Sent once until they are looked at, however
     /// often the guest does it.
     Guest,
+    /// A job's thread has ended: look at the jobs.
+    Job,
     /// The kernel tells of pressure on memory. Sent once until it is heard.
     Pressure,
     /// SIGTERM or SIGINT.

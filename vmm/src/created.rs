@@ -19,6 +19,7 @@ use crate::config::{BALLOON_ID, VmConfig, VmResize};
 use crate::consoles::Consoles;
 use crate::device_manager::Removed;
 use crate::error::Error;
+use crate::jobs::Jobs;
 use crate::overcommit::cost::SharedRam;
 use crate::overcommit::cpu::{self, CpuLimits};
 use crate::state::State;
@@ -27,6 +28,7 @@ use crate::vcpu::placement;
 use crate::vm::{Environment, RNG_ID, Vm, check_debug_port, open_payload};
 use crate::{cpuid, memory};
 
+mod jobs;
 mod observe;
 mod policy;
 mod snapshot;
@@ -44,6 +46,7 @@ pub struct Created {
     paused: bool,
     /// Paused by a disk for which the host has no space, and not by a client.
     paused_for_space: bool,
+    jobs: Jobs,
 }
 
 impl Created {
@@ -94,6 +97,7 @@ impl Created {
             running: None,
             paused: false,
             paused_for_space: false,
+            jobs: Jobs::default(),
         })
     }
 
@@ -162,6 +166,9 @@ impl Created {
 
     /// Pulls the plug; says which devices were on their way out and are gone with it.
     pub fn power_off(&mut self) -> Vec<Removed> {
+        if self.running.is_some() {
+            self.jobs.end_unless_suspended();
+        }
         let Some(vm) = self.running.take() else {
             return Vec::new();
         };
@@ -255,7 +262,10 @@ impl Created {
             });
         }
         match &mut self.running {
-            Some(vm) => vm.devices.request_removal(id)?,
+            Some(vm) => {
+                vm.devices.request_removal(id)?;
+                self.jobs.cancel_on(id);
+            }
             None if !self.config.remove(id) => {
                 return Err(Error::UnknownDevice { id: id.to_owned() });
             }
@@ -344,6 +354,8 @@ impl Created {
             return Vec::new();
         };
         let removed = vm.devices.ejected(slots);
+        self.jobs
+            .end(|disk| removed.iter().any(|device| device.id == disk));
         for device in &removed {
             self.config.remove(&device.id);
         }
@@ -371,12 +383,14 @@ impl Created {
             .unwrap_or_default()
     }
 
-    /// When [`Created::expired`] or [`Created::look_at_disks`] next have something to do.
+    /// When [`Created::expired`], [`Created::look_at_disks`] or [`Created::look_at_jobs`] next have
+    /// something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
         let vm = self.running.as_ref()?;
         let removal = vm.devices.next_deadline();
         let disks = vm.disk_watch.next_look(&vm.devices);
-        removal.into_iter().chain(disks).min()
+        let jobs = self.jobs.next_look();
+        removal.into_iter().chain(disks).chain(jobs).min()
     }
 
     /// Devices whose removal has just taken too long.

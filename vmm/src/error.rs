@@ -75,6 +75,31 @@ pub enum Error {
         /// The balloon.
         id: String,
     },
+    /// The disk has a job, which must end first.
+    #[error(
+        "disk `{disk}` has the job `{job}` ({kind}): wait for its end, or cancel it \
+         (vm.cancel-job)"
+    )]
+    HasJob {
+        /// The disk.
+        disk: String,
+        /// The job.
+        job: String,
+        /// What it does.
+        kind: &'static str,
+    },
+    /// No job has this id.
+    #[error("there is no job `{id}`")]
+    UnknownJob {
+        /// The id asked for.
+        id: String,
+    },
+    /// The job can't be changed any more.
+    #[error("the job `{id}` has ended")]
+    JobEnded {
+        /// The id asked for.
+        id: String,
+    },
     /// A value that can't be accepted.
     #[error(transparent)]
     Invalid(#[from] Invalid),

@@ -18,6 +18,7 @@ pub mod error;
 pub mod event;
 pub mod interrupts;
 pub mod ioctls;
+pub mod jobs;
 pub mod layout;
 pub mod memory;
 pub mod overcommit;

@@ -62,6 +62,10 @@ pub enum Verb {
     ResizeDisk,
     ResumeDisk,
     SnapshotDisk,
+    BeginJob,
+    Jobs,
+    SetJob,
+    CancelJob,
     DiskInfo,
 }
 
@@ -88,6 +92,10 @@ impl Verb {
             Self::ResizeDisk => "vm.resize-disk",
             Self::ResumeDisk => "vm.resume-disk",
             Self::SnapshotDisk => "vm.snapshot-disk",
+            Self::BeginJob => "vm.stream-disk",
+            Self::Jobs => "vm.jobs",
+            Self::SetJob => "vm.set-job",
+            Self::CancelJob => "vm.cancel-job",
             Self::DiskInfo => "vm.disk-info",
         }
     }
@@ -97,9 +105,9 @@ impl Verb {
 pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     use State::{Created, Paused, Running};
     use Verb::{
-        AddDevice, BalloonStats, Balloons, Boot, Counters, Create, DiskInfo, Nmi, Pause,
-        PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk, Resume, ResumeDisk,
-        SetOvercommit, Shutdown, SnapshotDisk,
+        AddDevice, BalloonStats, Balloons, BeginJob, Boot, CancelJob, Counters, Create, DiskInfo,
+        Jobs, Nmi, Pause, PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk,
+        Resume, ResumeDisk, SetJob, SetOvercommit, Shutdown, SnapshotDisk,
     };
     let state = match (verb, state) {
         (Create, None) => return Ok(()),
@@ -111,10 +119,11 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
         Create => false,
         Boot => state == Created,
         Shutdown | Reboot | Counters | Balloons | ResizeDisk | ResumeDisk | SnapshotDisk
-        | DiskInfo => state != Created,
+        | BeginJob | DiskInfo => state != Created,
         Pause | PowerButton | Nmi | BalloonStats => state == Running,
         Resume => state == Paused,
-        AddDevice | RemoveDevice | Resize | ResizeBalloon | SetOvercommit => {
+        AddDevice | RemoveDevice | Resize | ResizeBalloon | SetOvercommit | Jobs | SetJob
+        | CancelJob => {
             matches!(state, Created | Running | Paused)
         }
     };
@@ -132,7 +141,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const VERBS: [Verb; 20] = [
+    const VERBS: [Verb; 24] = [
         Verb::Create,
         Verb::Boot,
         Verb::Shutdown,
@@ -152,6 +161,10 @@ mod tests {
         Verb::ResizeDisk,
         Verb::ResumeDisk,
         Verb::SnapshotDisk,
+        Verb::BeginJob,
+        Verb::Jobs,
+        Verb::SetJob,
+        Verb::CancelJob,
         Verb::DiskInfo,
     ];
 
@@ -165,9 +178,9 @@ mod tests {
     #[test]
     fn each_state_allows_just_the_verbs_of_the_picture() {
         use Verb::{
-            AddDevice, BalloonStats, Balloons, Boot, Counters, Create, DiskInfo, Nmi, Pause,
-            PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk, Resume,
-            ResumeDisk, SetOvercommit, Shutdown, SnapshotDisk,
+            AddDevice, BalloonStats, Balloons, BeginJob, Boot, CancelJob, Counters, Create,
+            DiskInfo, Jobs, Nmi, Pause, PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon,
+            ResizeDisk, Resume, ResumeDisk, SetJob, SetOvercommit, Shutdown, SnapshotDisk,
         };
         assert_eq!(legal(None), [Create]);
         assert_eq!(
@@ -178,7 +191,10 @@ mod tests {
                 RemoveDevice,
                 Resize,
                 ResizeBalloon,
-                SetOvercommit
+                SetOvercommit,
+                Jobs,
+                SetJob,
+                CancelJob
             ]
         );
         assert_eq!(
@@ -200,6 +216,10 @@ mod tests {
                 ResizeDisk,
                 ResumeDisk,
                 SnapshotDisk,
+                BeginJob,
+                Jobs,
+                SetJob,
+                CancelJob,
                 DiskInfo
             ]
         );
@@ -219,6 +239,10 @@ mod tests {
                 ResizeDisk,
                 ResumeDisk,
                 SnapshotDisk,
+                BeginJob,
+                Jobs,
+                SetJob,
+                CancelJob,
                 DiskInfo
             ]
         );

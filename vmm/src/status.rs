@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::config::VmConfig;
+use crate::jobs::JobInfo;
 use crate::overcommit::ledger::LedgerStatus;
 use crate::overcommit::view::View;
 use crate::state::State;
@@ -106,6 +107,8 @@ pub struct Observation {
     pub balloons: Vec<BalloonInfo>,
     /// What its disks take and hold; how old that is, the view says.
     pub disks: Vec<DiskReading>,
+    /// The jobs on its disks, with the last that have ended.
+    pub jobs: Vec<JobInfo>,
     /// Running totals of its devices.
     pub counters: VmCounters,
     /// How often each vCPU has left the guest, by what it was for.

@@ -125,6 +125,10 @@ impl Vmm {
             let flow = match self.next_message() {
                 Some(Message::Command(command)) => self.command(command),
                 Some(Message::Guest) => self.guest(),
+                Some(Message::Job) => {
+                    self.look_at_jobs();
+                    Flow::Go
+                }
                 Some(Message::Pressure) => {
                     // When the governor is to look is asked before the next message.
                     self.control.press();
@@ -244,11 +248,29 @@ impl Vmm {
             } => {
                 let result = self
                     .created(Verb::ResizeDisk)
-                    .and_then(|c| c.running()?.devices.resize_disk(&id, desired_size));
+                    .and_then(|c| c.resize_disk(&id, desired_size));
                 self.answer(reply, result);
             }
             Command::SnapshotDisk { disks, reply } => {
                 let result = self.snapshot_disks(&disks);
+                self.answer(reply, result);
+            }
+            Command::BeginJob { order, reply } => {
+                let result = self.begin_job(order);
+                self.answer(reply, result);
+            }
+            Command::Jobs { reply } => {
+                let result = self.created(Verb::Jobs).map(|c| c.jobs());
+                self.answer(reply, result);
+            }
+            Command::SetJob { id, speed, reply } => {
+                let created = self.created(Verb::SetJob);
+                let result = created.and_then(|c| c.set_job(&id, speed));
+                self.answer(reply, result);
+            }
+            Command::CancelJob { id, reply } => {
+                let created = self.created(Verb::CancelJob);
+                let result = created.and_then(|c| c.cancel_job(&id));
                 self.answer(reply, result);
             }
             Command::ResumeDisk { id, give_up, reply } => {

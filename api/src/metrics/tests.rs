@@ -2,8 +2,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ::devices::balloon::{Inhibited, Sample as Told, State as BalloonState};
 use ::devices::block::DiskReading;
+use ::devices::block::job::JobKind;
 use ::devices::disk::space::{FileSpace, FileSystemSpace, Place};
 use ::vmm::config::OvercommitMode;
+use ::vmm::jobs::{JobInfo, JobState};
 use ::vmm::overcommit::cost::{Cost, Source};
 use ::vmm::overcommit::ksm::KsmGain;
 use ::vmm::overcommit::pressure::{Pressure, Stall};
@@ -53,6 +55,25 @@ fn disks() -> Vec<DiskReading> {
         ..thin.clone()
     };
     vec![thin, device]
+}
+
+/// One that runs, and one that is over.
+fn jobs() -> Vec<JobInfo> {
+    let job = |id: &str, state| JobInfo {
+        id: id.to_owned(),
+        disk: "thin".to_owned(),
+        kind: JobKind::Stream,
+        state,
+        done_bytes: 8192,
+        total_bytes: 65536,
+        copied_bytes: 4096,
+        speed: None,
+        reason: None,
+    };
+    vec![
+        job("job1", JobState::Running),
+        job("job0", JobState::Cancelled),
+    ]
 }
 
 fn observation() -> Observation {
@@ -155,6 +176,7 @@ fn observation() -> Observation {
         },
         balloons: vec![balloon],
         disks: disks(),
+        jobs: jobs(),
         counters: [(
             "_disk0".to_owned(),
             BTreeMap::from([
@@ -316,6 +338,16 @@ fn an_independent_parser_reads_what_was_counted() {
             Value::Gauge(3.0),
         ),
         (
+            "ballast_disk_job_done_bytes",
+            &[("device", "thin"), ("job", "job1"), ("kind", "stream")],
+            Value::Gauge(8192.0),
+        ),
+        (
+            "ballast_disk_job_copied_bytes",
+            &[("job", "job1")],
+            Value::Gauge(4096.0),
+        ),
+        (
             "ballast_disk_held_bytes",
             &[("device", "_disk0")],
             Value::Gauge(12288.0),
@@ -380,6 +412,7 @@ fn what_is_not_known_is_not_there() {
     let mut without = observation();
     without.view.disks = DiskTotals::default();
     without.disks.clear();
+    without.jobs.clear();
     assert!(!page(Some(without)).contains("ballast_disk"));
 }
 

@@ -6,8 +6,8 @@ use vmm::overcommit::view::{Governor, Resources, View};
 use vmm::state::State;
 use vmm::status::{Observation, VmCounters};
 
-use super::disks;
 use super::page::{Kind, Page, Sample};
+use super::{disks, jobs};
 
 /// Adds all there is to say of a VM.
 pub(super) fn add(page: &mut Page, observation: &Observation) {
@@ -34,6 +34,7 @@ pub(super) fn add(page: &mut Page, observation: &Observation) {
     pressure(page, view);
     balloons(page, &observation.balloons);
     disks::add(page, observation);
+    jobs::add(page, observation);
     devices(page, &observation.counters);
 }
 

@@ -9,6 +9,7 @@ use crate::body;
 use crate::routes::balloons::ResizeBalloon;
 use crate::routes::devices::RemoveDevice;
 use crate::routes::disks::{ResizeDisk, ResumeDisk, SnapshotDisk};
+use crate::routes::jobs::{CancelJob, SetJob, StreamDisk};
 
 fn committed(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -55,7 +56,7 @@ fn the_committed_documents_are_what_the_code_says() {
 fn every_operation_has_an_id_a_tag_a_description_and_one_success() {
     let document = document();
     let operations = operations(&document);
-    assert_eq!(operations.len(), 30);
+    assert_eq!(operations.len(), 34);
     let mut ids = std::collections::BTreeSet::new();
     for (path, _, operation) in operations {
         let id = operation["operationId"].as_str().expect(path);
@@ -195,6 +196,15 @@ fn every_example_of_a_request_passes_the_real_parser() {
                 }
                 "/vm.snapshot-disk" => {
                     body::parse::<SnapshotDisk>(&bytes).unwrap();
+                }
+                "/vm.stream-disk" => {
+                    body::parse::<StreamDisk>(&bytes).unwrap();
+                }
+                "/vm.set-job" => {
+                    body::parse::<SetJob>(&bytes).unwrap();
+                }
+                "/vm.cancel-job" => {
+                    body::parse::<CancelJob>(&bytes).unwrap();
                 }
                 "/vm.resize" => {
                     body::parse::<VmResize>(&bytes).unwrap();

@@ -8,6 +8,7 @@ pub mod devices;
 pub mod disks;
 pub mod documents;
 pub mod events;
+pub mod jobs;
 pub mod observe;
 pub mod vm;
 pub mod vmm;
@@ -52,6 +53,10 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.resize-disk", put(disks::resize))
         .route("/vm.resume-disk", put(disks::resume))
         .route("/vm.snapshot-disk", put(disks::snapshot))
+        .route("/vm.stream-disk", put(jobs::stream))
+        .route("/vm.jobs", get(jobs::list))
+        .route("/vm.set-job", put(jobs::set))
+        .route("/vm.cancel-job", put(jobs::cancel))
         .route("/vm.disk-info", get(disks::info))
         .route("/vm.resize", put(vm::resize))
         .route("/vm.set-overcommit", put(vm::set_overcommit))

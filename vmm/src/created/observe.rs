@@ -85,6 +85,7 @@ impl Created {
             view: self.view(observer, &disks),
             balloons: vm.map(|vm| vm.devices.balloon_infos()).unwrap_or_default(),
             disks: disks.disks,
+            jobs: self.jobs.list(),
             counters: VmCounters::new(),
             exits: vm.map(|vm| vm.vcpus.exits()).unwrap_or_default(),
         }

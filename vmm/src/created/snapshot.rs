@@ -35,6 +35,7 @@ impl Created {
                 let reason = format!("the disk `{}` is there twice", disk.id);
                 return Err(Invalid::new(format!("{field}.id"), reason).into());
             }
+            self.jobs.check_free(&disk.id)?;
             let block = manager.disk(&disk.id).map_err(|e| e.within(&field))?;
             targets.push((block, &disk.path));
         }

@@ -25,6 +25,7 @@ impl Vmm {
         let now = Instant::now();
         let space = created.look_at_disks(now);
         let expired = created.expired(now);
+        created.look_at_jobs(now);
         if !expired.is_empty() {
             self.publish();
         }

@@ -1,5 +1,7 @@
 //! Commands to devices: plugged, unplugged, resized, asked.
 
+use std::time::Instant;
+
 use devices::balloon::BalloonInfo;
 use devices::block::snapshot::DiskSnapshot;
 use devices::config::DeviceConfig;
@@ -10,6 +12,7 @@ use crate::command::Reply;
 use crate::config::VmResize;
 use crate::disks::emit_moved_on;
 use crate::error::Error;
+use crate::jobs::{JobInfo, NewJob};
 use crate::overcommit::control::COUNTERS_ID;
 use crate::state::{State, Verb};
 use crate::status::{BalloonStats, PciDeviceInfo, VmCounters};
@@ -54,6 +57,19 @@ impl Vmm {
             emit_moved_on(&self.endpoint.events, &disk);
         }
         Ok(())
+    }
+
+    pub(super) fn begin_job(&mut self, order: NewJob) -> Result<JobInfo, Error> {
+        let environment = self.environment();
+        self.created(Verb::BeginJob)?.begin_job(order, &environment)
+    }
+
+    /// Has jobs whose threads have ended come to their end.
+    pub(super) fn look_at_jobs(&mut self) {
+        if let Some(created) = &mut self.created {
+            created.look_at_jobs(Instant::now());
+            self.publish();
+        }
     }
 
     /// Has the balloons' threads answer, as the guest is asked for statistics first; one that

@@ -20,11 +20,7 @@ impl Vmm {
     }
 
     pub(super) fn boot(&mut self, paused: bool) -> Result<(), Error> {
-        let environment = Environment {
-            seccomp: self.options.seccomp,
-            events: self.endpoint.events.clone(),
-            inbox: self.endpoint.sender.clone(),
-        };
+        let environment = self.environment();
         let events = self.endpoint.events.clone();
         self.observer.forget();
         let config = self.created(Verb::Boot)?.config();
@@ -53,6 +49,15 @@ impl Vmm {
         result
     }
 
+    /// What machines are built in, and jobs begun.
+    pub(super) fn environment(&self) -> Environment {
+        Environment {
+            seccomp: self.options.seccomp,
+            events: self.endpoint.events.clone(),
+            inbox: self.endpoint.sender.clone(),
+        }
+    }
+
     pub(super) fn shutdown(&mut self) -> Result<(), Error> {
         self.observer.forget();
         let removed = self.created(Verb::Shutdown)?.power_off();
@@ -62,15 +67,20 @@ impl Vmm {
         Ok(())
     }
 
-    /// Also what a reset by the guest comes to. A pending removal completes.
+    /// Also what a reset by the guest comes to. A pending removal completes; jobs go on, if the
+    /// machine does.
     pub(super) fn reboot(&mut self, paused: bool) -> Result<(), Error> {
         self.emit("vm", "rebooting", &[]);
-        let removed = self
-            .created
-            .as_mut()
-            .map(Created::power_off)
-            .unwrap_or_default();
+        let power_off = |created: &mut Created| {
+            created.suspend_jobs();
+            created.power_off()
+        };
+        let removed = self.created.as_mut().map(power_off).unwrap_or_default();
         let result = self.boot(paused);
+        let environment = self.environment();
+        if let Some(created) = &mut self.created {
+            created.begin_jobs_again(&environment);
+        }
         self.tell_removed(removed);
         // After a failure the VM is off, which clients of Cloud Hypervisor know by this name.
         let outcome = if result.is_ok() {

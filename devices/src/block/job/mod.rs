@@ -25,6 +25,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 pub use self::conclude::ConcludeError;
 use self::thread::{Told, Work};
 use super::{Block, NAME_BYTES, snapshot};
@@ -35,7 +38,8 @@ use crate::sandbox::{Allow, COMMON, Filter};
 pub const SYSCALLS: &[&[Allow]] = &[COMMON];
 
 /// What a job does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum JobKind {
     /// Has the image stand alone.
     Stream,
@@ -205,6 +209,20 @@ impl Job {
         self.look();
     }
 
+    /// Cancels it, waits until its thread has ended, and says how.
+    pub fn end(mut self) -> JobView {
+        self.stop();
+        self.view()
+    }
+
+    fn stop(&mut self) {
+        self.cancel();
+        if let Some(thread) = self.thread.take() {
+            // A panic aborts the process, so a join can't report one.
+            let _ = thread.join();
+        }
+    }
+
     fn look(&self) {
         // One that has ended looks no more.
         let _ = self.told.send(Told::Look);
@@ -213,11 +231,7 @@ impl Job {
 
 impl Drop for Job {
     fn drop(&mut self) {
-        self.cancel();
-        if let Some(thread) = self.thread.take() {
-            // A panic aborts the process, so a join can't report one.
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
 

@@ -1,0 +1,134 @@
+//! Long work on disks while the guest uses them: `vm.stream-disk`, `vm.jobs`, `vm.set-job`,
+//! `vm.cancel-job`.
+
+use std::num::NonZeroU64;
+
+use ::vmm::Handle;
+use ::vmm::command::Command;
+use ::vmm::jobs::{JobInfo, NewJob};
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use devices::block::job::JobKind;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{answer, order};
+use crate::body::Body;
+use crate::error::ApiError;
+
+/// Which disk is to stand alone, and how fast.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = VmStreamDisk, example = json!({"id": "_disk0", "speed": 104857600}))]
+pub struct StreamDisk {
+    /// The device's id.
+    id: String,
+    /// The most bytes that may be read for it in a second; without it there is no limit.
+    #[schema(minimum = 1)]
+    speed: Option<u64>,
+}
+
+/// Which job is to go how fast.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = VmSetJob, example = json!({"id": "job0", "speed": 10485760}))]
+pub struct SetJob {
+    /// The job's id.
+    id: String,
+    /// The most bytes that it may read in a second; without it, or where it is null, there is no
+    /// limit any more.
+    #[schema(minimum = 1)]
+    speed: Option<u64>,
+}
+
+/// Which job is to end.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = VmCancelJob, example = json!({"id": "job0"}))]
+pub struct CancelJob {
+    /// The job's id.
+    id: String,
+}
+
+/// Have a disk's image stand alone
+///
+/// What the disk has only in the images below its own is copied into its own, while the guest uses
+/// it; what reads as zero there takes no space. Then the image forgets them, and their files are
+/// closed and unlocked. The answer is a job: the events `job-progress` (at most one a second) and
+/// `job-completed`, `job-failed` or `job-cancelled` tell of it, and `vm.jobs`. At any moment,
+/// whatever ends it, the image is whole: one that was not done to the end is on top of the others
+/// as before, and can be streamed again. A disk has one job at a time, and can neither be resized
+/// nor moved on to an overlay meanwhile. When the guest is reset, or the VM rebooted, the job begins
+/// again; what was copied is not copied twice. It ends with a shutdown, and with the disk's removal.
+/// Not possible for disks that are read-only, have several queues, have nothing below them, or are
+/// locked as a whole (`lock_granularity`).
+#[utoipa::path(
+    put, path = "/vm.stream-disk", operation_id = "streamDisk", tag = "disks",
+    request_body(content = StreamDisk, description = "The disk, and how fast."),
+    responses((status = 200, description = "The job was begun.", body = JobInfo)),
+)]
+pub async fn stream(
+    State(handle): State<Handle>,
+    Body(StreamDisk { id, speed }): Body<StreamDisk>,
+) -> Result<Response, ApiError> {
+    let job = NewJob {
+        disk: id,
+        kind: JobKind::Stream,
+        speed: checked(speed)?,
+    };
+    let info = handle
+        .request(|reply| Command::BeginJob { order: job, reply })
+        .await?;
+    answer(&info)
+}
+
+/// Show the jobs
+///
+/// Those that have not ended, then the last 16 that have, the last one first.
+#[utoipa::path(
+    get, path = "/vm.jobs", operation_id = "getJobs", tag = "disks",
+    responses((status = 200, description = "Every job.", body = [JobInfo])),
+)]
+pub async fn list(State(handle): State<Handle>) -> Result<Response, ApiError> {
+    let jobs = handle.request(|reply| Command::Jobs { reply }).await?;
+    answer(&jobs)
+}
+
+/// Have a job go faster or slower
+#[utoipa::path(
+    put, path = "/vm.set-job", operation_id = "setJob", tag = "disks",
+    request_body(content = SetJob, description = "The job, and how fast."),
+    responses((status = 204, description = "It goes so fast from now on.")),
+)]
+pub async fn set(
+    State(handle): State<Handle>,
+    Body(SetJob { id, speed }): Body<SetJob>,
+) -> Result<StatusCode, ApiError> {
+    let speed = checked(speed)?;
+    order(&handle, |reply| Command::SetJob { id, speed, reply }).await
+}
+
+/// Have a job end before it is done
+///
+/// The event `job-cancelled` tells that it has, unless it was done just before: `job-completed`.
+#[utoipa::path(
+    put, path = "/vm.cancel-job", operation_id = "cancelJob", tag = "disks",
+    request_body(content = CancelJob, description = "The job."),
+    responses((status = 204, description = "It ends as soon as it can.")),
+)]
+pub async fn cancel(
+    State(handle): State<Handle>,
+    Body(CancelJob { id }): Body<CancelJob>,
+) -> Result<StatusCode, ApiError> {
+    order(&handle, |reply| Command::CancelJob { id, reply }).await
+}
+
+/// A job that may read nothing would never end.
+fn checked(speed: Option<u64>) -> Result<Option<NonZeroU64>, ApiError> {
+    let Some(bytes) = speed else {
+        return Ok(None);
+    };
+    let speed = NonZeroU64::new(bytes).ok_or_else(|| {
+        let message = "speed: must be at least 1; leave it out for no limit";
+        ApiError::bad_request("invalid", message).with_field("speed")
+    })?;
+    Ok(Some(speed))
+}
