@@ -21,6 +21,7 @@ impl Checker<'_, '_> {
             if table == 0 || unusable || table >> self.bits() >= self.clusters {
                 return Ok(());
             }
+            self.in_time()?;
             let refcount = self.refcount(table, &mut kept)?;
             if (entry & COPIED != 0) != (refcount == 1) {
                 self.corruption(&format!(

@@ -28,6 +28,7 @@ mod walk;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::time::Instant;
 
 use super::super::OpenOptions;
 use super::super::open::open_file;
@@ -103,23 +104,41 @@ pub fn check(
         direct: false,
         ..options.clone()
     })?;
-    check_file(&host.file, repair, MAX_TABLES_READ, listener).map_err(|error| match error {
+    check_file(&host.file, repair, Limits::default(), listener).map_err(|error| match error {
         ReadError::Io(error) => BuildError::host(format!("checking {path}"), error),
         ReadError::Unusable(why) => Invalid::new("path", format!("{path}: {why}")).into(),
     })
 }
 
-/// The same for a file that is open and locked, and not through O_DIRECT. More than `most_tables` L2
-/// tables, all looks at them together, are not read.
+/// How much is done before it is given up.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// L2 tables that one walk over all windows reads.
+    tables: u64,
+    /// When somebody has waited for long enough.
+    until: Option<Instant>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            tables: MAX_TABLES_READ,
+            until: None,
+        }
+    }
+}
+
+/// The same for a file that is open and locked, and not through O_DIRECT. Where it is given up, what
+/// was mended so far stays, and the image has the marks that it had.
 fn check_file(
     file: &File,
     repair: Repair,
-    most_tables: u64,
+    limits: Limits,
     listener: &mut Listener<'_>,
 ) -> Result<Report, ReadError> {
     let details = Details::read(file, file.metadata()?.len())?;
     let mut first = Checker::new(file, &details, repair, listener);
-    first.most_tables = most_tables;
+    first.limits = limits;
     first.run()?;
     let rebuild = first.wants_rebuild && repair == Repair::All && first.senseless == 0;
     let (before, mut changed) = (first.report, first.changed);
@@ -136,6 +155,7 @@ fn check_file(
         let details = Details::read(file, file.metadata()?.len())?;
         // COPIED bits follow the refcounts, which are right only now.
         let mut second = Checker::new(file, &details, repair, listener);
+        second.limits.until = limits.until;
         second.copied()?;
         let mut quiet = |_: &str| {};
         let mut listener = Listener {
@@ -143,6 +163,7 @@ fn check_file(
             progress: listener.progress,
         };
         let mut last = Checker::new(file, &details, Repair::Nothing, &mut listener);
+        last.limits.until = limits.until;
         last.run()?;
         after = last.report;
         after.corruptions_fixed = before.corruptions.saturating_sub(after.corruptions);
@@ -184,8 +205,7 @@ struct Checker<'a, 'l> {
     /// The last cluster that is used.
     highest: u64,
     work: (u64, u64),
-    /// L2 tables that are read at most, again and again.
-    most_tables: u64,
+    limits: Limits,
 }
 
 impl<'a, 'l> Checker<'a, 'l> {
@@ -218,7 +238,7 @@ impl<'a, 'l> Checker<'a, 'l> {
             without_refcounts: false,
             highest: 0,
             work: (0, 0),
-            most_tables: MAX_TABLES_READ,
+            limits: Limits::default(),
         }
     }
 
@@ -265,12 +285,20 @@ impl<'a, 'l> Checker<'a, 'l> {
     /// Whether so many windows can be counted in a time that anybody waits for.
     fn bound(&self, windows: u64) -> Result<(), ReadError> {
         let tables = self.l2_tables.len() as u64;
-        if windows > MAX_WINDOWS || windows.saturating_mul(tables) > self.most_tables {
+        if windows > MAX_WINDOWS || windows.saturating_mul(tables) > self.limits.tables {
             return Err(too_much(
                 "it has too many tables, or its clusters are strewn over too large a file, to be checked",
             ));
         }
         Ok(())
+    }
+
+    /// Whether there is time left; asked wherever an image can make something long.
+    fn in_time(&self) -> Result<(), ReadError> {
+        match self.limits.until {
+            Some(until) if Instant::now() >= until => Err(too_much("it takes too long")),
+            _ => Ok(()),
+        }
     }
 
     /// Whether any refcount block lies where something else is too: the blocks that are written to

@@ -117,6 +117,7 @@ impl Checker<'_, '_> {
         self.check_blocks();
         let mut cluster = self.window_start;
         while cluster < end {
+            self.in_time()?;
             let block = cluster / per_block;
             let stop = end.min((block + 1) * per_block);
             let mut found = self.read_block(block)?;
@@ -200,6 +201,7 @@ impl Checker<'_, '_> {
         let cluster = offset >> self.bits();
         let block = cluster / self.per_block();
         if kept.as_ref().is_none_or(|(index, _)| *index != block) {
+            self.in_time()?;
             let bytes = self.read_block(block)?.map(|(_, bytes)| bytes);
             *kept = Some((block, bytes.unwrap_or_default()));
         }

@@ -78,6 +78,7 @@ impl Checker<'_, '_> {
         let mut window = u64::MAX;
         let mut table = vec![0; (table_clusters * cluster) as usize];
         for block in 0..blocks {
+            self.in_time()?;
             let mut bytes = vec![0; cluster as usize];
             let start = block * self.per_block();
             for number in start..(start + self.per_block()).min(total) {

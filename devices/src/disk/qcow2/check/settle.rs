@@ -8,13 +8,14 @@
 //! still, for the next to mend. Afterwards the bit stays clear: we write refcounts as they are.
 
 use std::fs::File;
+use std::time::{Duration, Instant};
 
 use super::super::super::OpenOptions;
 use super::super::super::open::open_unlocked;
 use super::super::chain::{failed, refused};
 use super::super::details::ReadError;
 use super::super::header::Header;
-use super::{Listener, Repair, check_file};
+use super::{Limits, Listener, Repair, check_file};
 use crate::allow;
 use crate::config::BuildError;
 use crate::sandbox::Allow;
@@ -22,6 +23,9 @@ use crate::sandbox::Allow;
 /// Bytes of L2 tables that are read, in one walk over all windows: seconds, in which the VMM does
 /// nothing else. An image of 1 TiB with clusters of 64 KiB has 128 MiB, and four windows.
 const MOST_BYTES: u64 = 1 << 30;
+/// However little of it that is, an image can make more of it: by tables of snapshots and bitmaps,
+/// and by what is strewn over a file that is all holes.
+const MOST_TIME: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
 
 /// What [`settle`] calls, beside what opening does.
 pub const SYSCALLS: &[Allow] = &[
@@ -34,8 +38,8 @@ pub const SYSCALLS: &[Allow] = &[
 
 /// Mends an image that is marked as dirty. `locked` is its file, open and locked for writing.
 ///
-/// Errors name the field `path`: an image that contradicts itself beyond its refcounts is left as
-/// it is, dirty, and so is one that is too large to be mended while somebody waits.
+/// Errors name the field `path`: an image that contradicts itself beyond its refcounts is left
+/// dirty, and so is one that is too large to be mended while somebody waits.
 pub fn settle(options: &OpenOptions, header: &Header, locked: &File) -> Result<(), BuildError> {
     let path = options.path.as_path();
     // Not through O_DIRECT, which this file may have been opened with.
@@ -47,26 +51,28 @@ pub fn settle(options: &OpenOptions, header: &Header, locked: &File) -> Result<(
     if !is_same(&host.file, locked).map_err(|e| failed(path, e))? {
         return Err(refused(path, "another file has come in its place"));
     }
-    let most_tables = MOST_BYTES >> header.cluster_bits;
+    let limits = Limits {
+        tables: MOST_BYTES >> header.cluster_bits,
+        until: Some(Instant::now() + MOST_TIME),
+    };
     let mut listener = Listener {
         finding: &mut |_| {},
         progress: &mut |_, _| {},
     };
     let hint = "it was not closed cleanly (dirty bit)";
-    let report =
-        check_file(&host.file, Repair::All, most_tables, &mut listener).map_err(|error| {
-            match error {
-                // What is said of an image that is beyond a bound.
-                ReadError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => refused(
-                    path,
-                    format!("{hint} and can't be mended now: {error} (`ballast disk repair`)"),
-                ),
-                ReadError::Io(error) => {
-                    BuildError::host(format!("mending {}, as {hint}", path.display()), error)
-                }
-                ReadError::Unusable(why) => refused(path, format!("{hint}: {why}")),
+    let report = check_file(&host.file, Repair::All, limits, &mut listener).map_err(|error| {
+        match error {
+            // What is said of an image that is beyond a bound.
+            ReadError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => refused(
+                path,
+                format!("{hint} and can't be mended now: {error} (`ballast disk repair`)"),
+            ),
+            ReadError::Io(error) => {
+                BuildError::host(format!("mending {}, as {hint}", path.display()), error)
             }
-        })?;
+            ReadError::Unusable(why) => refused(path, format!("{hint}: {why}")),
+        }
+    })?;
     if report.corruptions > 0 {
         let count = report.corruptions;
         let reason = format!(

@@ -7,6 +7,9 @@ use super::{Checker, WINDOW, too_much, words};
 /// The most different L2 tables: twice what the largest L1 table can name.
 const MAX_L2_TABLES: usize = 8 << 20;
 
+/// Entries of a table after which it is looked whether there is time left.
+const ASKED: u64 = 8192;
+
 impl Checker<'_, '_> {
     /// Finds all L2 tables, and how often each is referred to.
     pub fn list_l2_tables(&mut self) -> Result<(), ReadError> {
@@ -20,6 +23,9 @@ impl Checker<'_, '_> {
         let mut wrong = Vec::new();
         for (offset, entries, active) in tables {
             words(self.file, offset, entries, |index, entry| {
+                if index.is_multiple_of(ASKED) {
+                    self.in_time()?;
+                }
                 let table = entry & OFFSET;
                 let reserved = entry & L1_RESERVED != 0;
                 if reserved || (table != 0 && table.trailing_zeros() < self.bits()) {
@@ -53,6 +59,7 @@ impl Checker<'_, '_> {
     /// Counts the references to the clusters of a window.
     pub fn count_window(&mut self, window: u64) -> Result<(), ReadError> {
         self.window_start = window * WINDOW;
+        self.in_time()?;
         // One more than there are: the last cluster may begin where the file ends.
         let len = WINDOW.min((self.clusters + 1).saturating_sub(self.window_start));
         self.window.clear();
@@ -66,6 +73,7 @@ impl Checker<'_, '_> {
             "the L1 table",
         );
         for index in 0..self.details.snapshots.len() {
+            self.in_time()?;
             let snapshot = &self.details.snapshots[index];
             let (offset, len) = (snapshot.l1_offset, snapshot.l1_entries * 8);
             self.count(offset, len, 1, "the L1 table of a snapshot");
@@ -77,6 +85,7 @@ impl Checker<'_, '_> {
             self.count_refcount_structures();
         }
         for index in 0..self.l2_tables.len() {
+            self.in_time()?;
             let (offset, times, active) = self.l2_tables[index];
             self.count(offset, 1 << self.bits(), times, "an L2 table");
             self.count_l2(offset, times, active)?;
@@ -144,7 +153,10 @@ impl Checker<'_, '_> {
         for (offset, entries) in bitmaps {
             self.count(offset, entries * 8, 1, "the table of a bitmap");
             let file = self.file;
-            words(file, offset, entries, |_, entry| {
+            words(file, offset, entries, |index, entry| {
+                if index.is_multiple_of(ASKED) {
+                    self.in_time()?;
+                }
                 let data = entry & OFFSET;
                 if data != 0 {
                     if data.is_multiple_of(cluster) {
