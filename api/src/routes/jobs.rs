@@ -58,7 +58,7 @@ pub struct CancelJob {
 /// as before, and can be streamed again. A disk has one job at a time, and can neither be resized
 /// nor moved on to an overlay meanwhile. When the guest is reset, or the VM rebooted, the job begins
 /// again; what was copied is not copied twice. It ends with a shutdown, and with the disk's removal.
-/// Not possible for disks that are read-only, have several queues, have nothing below them, or are
+/// Not possible for disks that are read-only, have nothing below them or snapshots inside, or are
 /// locked as a whole (`lock_granularity`).
 #[utoipa::path(
     put, path = "/vm.stream-disk", operation_id = "streamDisk", tag = "disks",
