@@ -1,5 +1,5 @@
 //! Takes the figures that `scripts/bench` shows, and prints them as a Markdown table:
-//! `figures host|guest|inflate|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`,
+//! `figures host|guest|inflate|thin|density --ballast BINARY [--guest-dir DIR] [--qemu PROGRAM] [--runs N]`,
 //! and for density `[--case NAME] [--first N] [--period SECONDS] [--interval MS] [--traces DIR]`.
 //!
 //! Each is the median of ten runs, with the least and the most in parentheses. MB are 10⁶ bytes.
@@ -12,6 +12,7 @@ mod host;
 mod inflate;
 mod memory;
 mod table;
+mod thin;
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -76,6 +77,7 @@ fn main() {
         "host" => host::measure(&options),
         "guest" => guest::measure(&options),
         "inflate" => inflate::measure(&options),
+        "thin" => thin::measure(&options),
         "density" => {
             density::measure(&options);
             return;
