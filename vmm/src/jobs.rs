@@ -114,6 +114,8 @@ struct Live {
     told: (u64, Instant),
     /// When its end is to be tried again, and how often it was tried.
     retry: (Option<Instant>, u32),
+    /// It was told to end, and is not to begin again on another machine.
+    cancelled: bool,
 }
 
 impl Jobs {
@@ -133,6 +135,7 @@ impl Jobs {
             job: Some(job),
             told: (0, Instant::now()),
             retry: (None, 0),
+            cancelled: false,
             order,
         };
         self.next_number = self.next_number.wrapping_add(1);
@@ -167,10 +170,9 @@ impl Jobs {
     }
 
     /// Tells one to end; [`Jobs::look`] tells when it has. One whose work is done completes.
-    pub fn cancel(&self, id: &str) -> Result<(), Error> {
-        if let Some(job) = &self.find(id)?.job {
-            job.cancel();
-        }
+    pub fn cancel(&mut self, id: &str) -> Result<(), Error> {
+        self.find(id)?;
+        self.cancel_those(|live| live.id == id);
         Ok(())
     }
 
@@ -198,11 +200,15 @@ impl Jobs {
     }
 
     /// Tells the one on a disk, if there is one, to end: the disk is to go.
-    pub fn cancel_on(&self, disk: &str) {
-        let on_disk = self.live.iter().filter(|live| live.order.disk == disk);
-        on_disk
-            .filter_map(|live| live.job.as_ref())
-            .for_each(Job::cancel);
+    pub fn cancel_on(&mut self, disk: &str) {
+        self.cancel_those(|live| live.order.disk == disk);
+    }
+
+    fn cancel_those(&mut self, which: impl Fn(&Live) -> bool) {
+        for live in self.live.iter_mut().filter(|live| which(live)) {
+            live.cancelled = true;
+            live.job.iter().for_each(Job::cancel);
+        }
     }
 
     /// When [`Jobs::look`] next has something to do, if no job tells earlier.
@@ -258,7 +264,9 @@ impl Jobs {
     pub fn suspend(&mut self) {
         for mut live in std::mem::take(&mut self.live) {
             match live.stop() {
-                JobStatus::Running | JobStatus::Cancelled => self.live.push(live),
+                JobStatus::Running | JobStatus::Cancelled if !live.cancelled => {
+                    self.live.push(live);
+                }
                 status => {
                     let info = live.ended_as(status);
                     self.keep(&live.events, info);

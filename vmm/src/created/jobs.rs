@@ -31,7 +31,7 @@ impl Created {
     }
 
     /// Tells a job to end.
-    pub fn cancel_job(&self, id: &str) -> Result<(), Error> {
+    pub fn cancel_job(&mut self, id: &str) -> Result<(), Error> {
         self.jobs.cancel(id)
     }
 

@@ -1,6 +1,7 @@
 //! The whole VMM thread inside its real filter, over guests of a few instructions.
 
 use std::future::Future;
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, Barrier, Mutex};
@@ -8,6 +9,8 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use devices::block::DiskConfig;
+use devices::block::NewDiskConfig;
+use devices::block::job::JobKind;
 use serde_json::json;
 use tempfile::NamedTempFile;
 use tokio::sync::broadcast;
@@ -17,6 +20,7 @@ use crate::boot::test_payload::{elf, file};
 use crate::command::Reply;
 use crate::config::VmConfig;
 use crate::event::Event;
+use crate::jobs::{JobState, NewJob};
 use crate::overcommit::control::COUNTERS_ID;
 
 /// cli; hlt for ever.
@@ -544,4 +548,45 @@ fn the_governor_looks_while_the_vm_runs_and_keeps_the_guarantee_inside_the_filte
     vmm.set_overcommit(json!({"guaranteed_size": 44 * MIB, "weight": 7}))
         .unwrap();
     assert_eq!(vmm.target(), 18 * MIB);
+}
+
+#[test]
+fn a_job_that_was_told_to_end_does_not_begin_again_after_a_reboot() {
+    let Some(mut vmm) = vmm(SLEEP, false) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let [base, overlay] = ["base", "overlay"].map(|name| folder.path().join(name));
+    std::fs::write(&base, vec![7; 8 << 20]).unwrap();
+    let new: NewDiskConfig = serde_json::from_value(json!({
+        "path": overlay, "image_type": "Qcow2", "backing_path": base, "backing_type": "Raw",
+    }))
+    .unwrap();
+    new.create().unwrap();
+    let mut config = vmm.config();
+    let disk = json!({
+        "id": "thin", "path": overlay, "image_type": "Qcow2", "backing_files": true,
+    });
+    config.disks = vec![serde_json::from_value(disk).unwrap()];
+    vmm.create(config).unwrap();
+    vmm.ask(|reply| Command::Boot { reply }).unwrap();
+    let order = NewJob {
+        disk: "thin".into(),
+        kind: JobKind::Stream,
+        speed: NonZeroU64::new(1 << 10),
+    };
+    vmm.ask(|reply| Command::BeginJob { order, reply }).unwrap();
+    let mut context = Context::from_waker(Waker::noop());
+    // Both are there before the job can tell that it has ended.
+    let mut first = Box::pin(vmm.handle.request(|reply| Command::Reboot { reply }));
+    assert!(first.as_mut().poll(&mut context).is_pending());
+    let id = "job0".to_owned();
+    let mut cancel = Box::pin(vmm.handle.request(|reply| Command::CancelJob { id, reply }));
+    assert!(cancel.as_mut().poll(&mut context).is_pending());
+    vmm.ask(|reply| Command::Reboot { reply }).unwrap();
+    wait(first).unwrap();
+    wait(cancel).unwrap();
+    let jobs = vmm.ask(|reply| Command::Jobs { reply }).unwrap();
+    assert_eq!(jobs[0].state, JobState::Cancelled);
+    vmm.events_until("job-cancelled");
 }
