@@ -72,8 +72,9 @@ impl Created {
         let Some(vm) = &self.running else {
             return Seen::default();
         };
+        let ids = vm.devices.disks().map(|(id, _)| id);
         let disks = || vm.devices.disks().map(|(id, disk)| disk.reading(id));
-        observer.disks(|| disks().collect())
+        observer.disks(ids, || disks().collect())
     }
 
     /// What there is to count but the devices' totals, without asking the guest.

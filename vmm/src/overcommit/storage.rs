@@ -121,15 +121,18 @@ pub struct Cached {
 }
 
 impl Cached {
-    /// The disks; `read` is called when the last look is too old, and says how long it took.
-    pub fn get(
+    /// The disks with these `ids`; `read` is called when the last look is too old or was at others,
+    /// and says how long it took.
+    pub fn get<'a>(
         &mut self,
         now: Instant,
+        ids: impl Iterator<Item = &'a str>,
         read: impl FnOnce() -> (Vec<DiskReading>, Duration),
     ) -> Seen {
         if let Some((at, took, disks)) = &self.last {
             let age = now.saturating_duration_since(*at);
-            if age < took.saturating_mul(20).min(MAX_AGE) {
+            let same = disks.iter().map(|disk| disk.id.as_str()).eq(ids);
+            if same && age < took.saturating_mul(20).min(MAX_AGE) {
                 return Seen {
                     disks: disks.clone(),
                     age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
@@ -223,20 +226,22 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut cached = Cached::default();
-        let mut get = |now, took_ms| {
+        let mut get_of = |now, took_ms, id: &str| {
             let mut asked = false;
-            let seen = cached.get(now, || {
+            let seen = cached.get(now, [id].into_iter(), || {
                 asked = true;
-                (vec![disk("a", 1, None)], Duration::from_millis(took_ms))
+                (vec![disk(id, 1, None)], Duration::from_millis(took_ms))
             });
-            assert_eq!(seen.disks.len(), 1);
+            assert_eq!(seen.disks[0].id, id);
             (asked, seen.age_ms)
         };
+        let mut get = |now, took_ms| get_of(now, took_ms, "a");
         assert_eq!(get(at(0), 50), (true, 0));
         assert_eq!(get(at(999), 50), (false, 999));
         assert_eq!(get(at(1000), 0), (true, 0));
         assert_eq!(get(at(1000), 100_000), (true, 0), "it was fast");
         assert_eq!(get(at(60_999), 0), (false, 59_999));
-        assert_eq!(get(at(61_000), 0), (true, 0), "not for ever");
+        assert_eq!(get(at(61_000), 100_000), (true, 0), "not for ever");
+        assert_eq!(get_of(at(61_001), 0, "b"), (true, 0), "another disk");
     }
 }

@@ -234,10 +234,14 @@ impl Observer {
         KsmGain::read(&self.process)
     }
 
-    /// What the disks take; `read` looks at all of them.
-    pub fn disks(&mut self, read: impl FnOnce() -> Vec<DiskReading>) -> Seen {
+    /// What the disks with these `ids` take; `read` looks at all of them.
+    pub fn disks<'a>(
+        &mut self,
+        ids: impl Iterator<Item = &'a str>,
+        read: impl FnOnce() -> Vec<DiskReading>,
+    ) -> Seen {
         let now = Instant::now();
-        self.disks.get(now, || (read(), now.elapsed()))
+        self.disks.get(now, ids, || (read(), now.elapsed()))
     }
 
     fn cost_in(

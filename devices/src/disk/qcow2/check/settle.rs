@@ -25,7 +25,7 @@ use crate::sandbox::Allow;
 const MOST_BYTES: u64 = 1 << 30;
 /// However little of it that is, an image can make more of it: by tables of snapshots and bitmaps,
 /// and by what is strewn over a file that is all holes.
-const MOST_TIME: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
+const MOST_TIME: Duration = Duration::from_secs(if cfg!(test) { 10 } else { 30 });
 
 /// What [`settle`] calls, beside what opening does.
 pub const SYSCALLS: &[Allow] = &[

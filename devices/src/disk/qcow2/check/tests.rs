@@ -229,6 +229,22 @@ fn an_entry_without_sense_is_told_and_left_with_the_leaks() {
 }
 
 #[test]
+fn what_a_snapshot_has_is_not_freed_where_its_l1_table_is_at_an_odd_place() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = sample(folder.path(), "odd.qcow2");
+    qemu::img(&format!("snapshot -c one {}", path.display()));
+    qemu::io(&path, &["write -P 8 0 200k".into()]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+    bytes[table + 7] = 8;
+    std::fs::write(&path, &bytes).unwrap();
+    let (report, lines) = look(&path, Repair::All);
+    assert!(report.corruptions > 0 && report.leaks > 0, "{report:?}");
+    assert!(lines.iter().any(|line| line.contains("no cluster")));
+    assert!(bytes == std::fs::read(&path).unwrap());
+}
+
+#[test]
 fn an_image_that_is_emptied_shows_what_lies_below_it_and_takes_no_space() {
     let Some(folder) = qemu::folder() else { return };
     let path = sample(folder.path(), "full.qcow2");

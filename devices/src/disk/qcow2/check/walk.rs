@@ -15,12 +15,18 @@ impl Checker<'_, '_> {
     pub fn list_l2_tables(&mut self) -> Result<(), ReadError> {
         let header = &self.details.header;
         let mut tables = vec![(header.l1_offset, self.details.l1_entries, true)];
+        let mut wrong = Vec::new();
         for snapshot in &self.details.snapshots {
+            if snapshot.l1_offset.trailing_zeros() < self.bits() && snapshot.l1_entries > 0 {
+                wrong.push(format!(
+                    "the L1 table of a snapshot is at {:#x}, which is no cluster",
+                    snapshot.l1_offset
+                ));
+            }
             tables.push((snapshot.l1_offset, snapshot.l1_entries, false));
         }
         let mut found: Vec<(u64, u32, bool)> = Vec::new();
         let mut limit = 1 << 20;
-        let mut wrong = Vec::new();
         for (offset, entries, active) in tables {
             words(self.file, offset, entries, |index, entry| {
                 if index.is_multiple_of(ASKED) {
