@@ -161,6 +161,7 @@ impl Filling<'_> {
 
     /// Has the file system keep space for the file up to `end`.
     fn set_aside(&self, end: u64, watch: &mut Watch<'_>) -> Result<(), BuildError> {
+        self.check_room(end)?;
         let mut at = 0;
         while at < end {
             let len = SET_ASIDE.min(end - at);
@@ -184,9 +185,30 @@ impl Filling<'_> {
     /// The same in one go, so that what has no space is refused before it is written, and lies
     /// together; not every file system can.
     fn set_aside_if_possible(&self, end: u64) -> Result<(), BuildError> {
+        self.check_room(end)?;
         match self.allocate(0, end) {
             Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
             Err(error) => Err(self.failed(error.into())),
+        }
+    }
+
+    /// What there is surely no space for is refused before it has taken from others, for a moment,
+    /// all that there is.
+    fn check_room(&self, end: u64) -> Result<(), BuildError> {
+        let (Ok(system), Ok(own)) = (
+            rustix::fs::fstatvfs(self.file),
+            rustix::fs::fstat(self.file),
+        ) else {
+            return Ok(());
+        };
+        let free = system.f_bfree.saturating_mul(system.f_frsize);
+        let taken = u64::try_from(own.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512);
+        // Those without a bound tell of no blocks at all.
+        match system.f_blocks > 0 && free.saturating_add(taken) < end {
+            true => Err(self.failed(Errno::NOSPC.into())),
+            false => Ok(()),
         }
     }
 
@@ -302,6 +324,30 @@ mod tests {
                 }
                 std::fs::remove_file(&options.path).unwrap();
             }
+        }
+    }
+
+    #[test]
+    fn what_there_is_no_space_for_takes_none_from_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let room = rustix::fs::statvfs(folder.path()).unwrap();
+        if room.f_blocks == 0 {
+            return;
+        }
+        let size = (room.f_blocks * room.f_frsize).next_multiple_of(1 << 20) + (8 << 30);
+        for preallocation in [Preallocation::Falloc, Preallocation::Full] {
+            let options = CreateOptions {
+                size_bytes: Some(size),
+                preallocation,
+                ..CreateOptions::new(&folder.path().join("new"), Format::Raw)
+            };
+            let mut begun = false;
+            let error = create_watched(&options, &mut |_, _| {
+                begun = true;
+                Err(BuildError::host("making it", io::ErrorKind::Interrupted))
+            });
+            let error = error.unwrap_err().to_string();
+            assert!(!begun && error.contains("no space"), "{error}");
         }
     }
 
