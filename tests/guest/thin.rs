@@ -1,32 +1,11 @@
 //! Thin disks as a guest uses them; qemu-img judges what is left of them.
 
-use std::path::Path;
-use std::process::Command;
-
 use serde_json::json;
 
 use crate::support::artifacts::{MIB, filled_image, guest, occupied_bytes};
 use crate::support::ballast::binary;
+use crate::thin_tools::run;
 use crate::vm::Vm;
-
-/// Runs a program that must succeed; what it printed.
-#[track_caller]
-fn run(program: &str, arguments: &[&str], folder: &Path) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .current_dir(folder)
-        .output()
-        .unwrap();
-    let (out, err) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {out}{err}"
-    );
-    out.into_owned()
-}
 
 #[test]
 fn an_overlay_holds_a_file_system_gives_space_back_and_stays_sound() {

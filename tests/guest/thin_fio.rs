@@ -1,33 +1,20 @@
 //! Thin disks that move on to overlays and grow while fio verifies what it wrote to them, with one
 //! queue and with several; qemu-img judges what is left of them.
 
-use std::process::Command;
-
 use serde_json::json;
 
-use crate::support::artifacts::{MIB, guest, occupied_bytes};
-use crate::support::ballast::binary;
+use crate::support::artifacts::{MIB, occupied_bytes};
+use crate::thin_tools::{check, fio, make_thin, wait_for_fio, with_fio};
 use crate::vm::{Vm, set_vcpus};
-
-/// Writes 4 jobs' blocks at random places of the first 128 MiB and reads all of them back.
-const FIO: &str = "fio --thread --name=v --filename=/dev/vda --direct=1 --ioengine=libaio \
-    --rw=randwrite --bsrange=4k-64k --iodepth=8 --numjobs=4 --size=32m --offset_increment=32m \
-    --fsync=64 --verify=crc32c --verify_fatal=1 --output=/tmp/fio.log";
 
 fn verify_while_the_disk_changes(queues: u32) {
     let mut vm = Vm::boot(|config, folder| {
-        let image = folder.join("thin.qcow2");
-        let made = Command::new(binary())
-            .args(["disk", "create", "-q", "-f", "qcow2"])
-            .arg(&image)
-            .arg("160M")
-            .status();
-        assert!(made.unwrap().success());
+        make_thin(folder, "thin.qcow2", "160M");
         set_vcpus(config, queues);
-        config["memory"] = json!({"size": 768 << 20});
-        config["payload"]["initramfs"] = json!(guest("initramfs-fio.cpio"));
+        with_fio(config);
         config["disks"] = json!([{
-            "id": "disk", "path": image, "image_type": "Qcow2", "num_queues": queues,
+            "id": "disk", "path": folder.join("thin.qcow2"), "image_type": "Qcow2",
+            "num_queues": queues,
         }]);
     });
     assert_eq!(
@@ -35,8 +22,9 @@ fn verify_while_the_disk_changes(queues: u32) {
         u64::from(queues)
     );
     let folder = vm.ballast.dir().to_owned();
+    let verify = fio("--filename=/dev/vda --size=32m --offset_increment=32m --bsrange=4k-64k");
     vm.agent.ok(&format!(
-        "({FIO}; echo $? >/tmp/fio.status) >/dev/null 2>&1 &"
+        "( ({verify}); echo $? >/tmp/fio.status) >/tmp/fio.out 2>&1 &"
     ));
     for name in ["first", "second"] {
         vm.agent.ok("sleep 2");
@@ -52,10 +40,7 @@ fn verify_while_the_disk_changes(queues: u32) {
         .expect_success("vm.resize-disk");
     let running = vm.agent.run("test ! -e /tmp/fio.status").0 == 0;
     println!("fio was still running after the last change: {running}");
-    vm.agent.ok(
-        "for n in $(seq 240); do test -s /tmp/fio.status && break; sleep 0.5; done; \
-         test \"$(cat /tmp/fio.status)\" = 0 || { cat /tmp/fio.log; exit 1; }",
-    );
+    wait_for_fio(&vm);
     assert_eq!(vm.agent.number("blockdev --getsize64 /dev/vda"), 192 * MIB);
 
     // A file system on it gives its space back.
@@ -80,11 +65,7 @@ fn verify_while_the_disk_changes(queues: u32) {
     vm.assert_guest_content();
     vm.api.put("vm.delete");
     for name in ["thin.qcow2", "first", "second"] {
-        let checked = Command::new("qemu-img")
-            .args(["check", "-q", "-f", "qcow2"])
-            .arg(folder.join(name))
-            .status();
-        assert!(checked.unwrap().success(), "{name}");
+        check(&folder, name);
     }
 }
 
