@@ -150,7 +150,7 @@ fn what_can_not_be_made_is_refused_by_name_and_nothing_is_left() {
             "extended_l2",
         ),
         ("-f qcow2 -o compat=4 new 1M", "compat"),
-        ("-f qcow2 -o preallocation=full new 1M", "preallocation"),
+        ("-f qcow2 -o preallocation=some new 1M", "preallocation"),
         ("-f qcow2 -o encryption=on new 1M", "encryption"),
         ("-f qcow2 -o nothing new 1M", "nothing"),
         ("-f qcow2 -b base.raw new 1M", "-F"),
