@@ -123,7 +123,11 @@ fn a_name_that_leads_elsewhere_than_to_an_image_is_refused() {
         ("text", Some("qcow2"), "not a qcow2 image"),
         ("missing", Some("raw"), "No such file"),
         ("/dev/zero", Some("raw"), "a character device"),
-        ("/proc/self/environ", Some("qcow2"), "ends within its header"),
+        (
+            "/proc/self/environ",
+            Some("qcow2"),
+            "ends within its header",
+        ),
         (".", Some("raw"), "a directory"),
         ("names.qcow2", Some("qcow2"), "its own backing file"),
         ("names.qcow2", Some("raw"), "its own backing file"),
