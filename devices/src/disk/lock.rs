@@ -96,6 +96,15 @@ impl ImageLock {
         Ok(lock)
     }
 
+    /// Locks `file` as its writer although this process has it locked as a reader, through another
+    /// opening whose lock is `reader`. From now on that one lets others write, which this one does
+    /// not: at no moment in between is the file free for another writer. Dropped before `reader`
+    /// is, it gives its place back to it in the same way. Fails where somebody else reads or writes
+    /// the file, and then nothing has changed.
+    pub fn beside_own_reader(_file: Arc<File>, _reader: &Arc<Self>) -> Result<Self, LockError> {
+        Err(LockError::Host(io::ErrorKind::Unsupported.into()))
+    }
+
     /// No locks: for another opening of a file that this process has locked.
     pub fn nothing(file: Arc<File>) -> Self {
         Self { file }

@@ -19,6 +19,10 @@ pub enum ConcludeError {
     /// stay open until it is opened anew.
     #[error("the image stands alone, but what was below it is still open: {0}")]
     StillOpen(BuildError),
+    /// A commit failed at its end: the disk goes on with its image as before, which still has all
+    /// that is not below it.
+    #[error("the disk stays on its image: {0}")]
+    NotMoved(BuildError),
 }
 
 impl From<BuildError> for ConcludeError {

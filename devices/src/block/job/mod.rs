@@ -15,6 +15,15 @@
 //! alone: the files below are closed and unlocked. It is safe at any moment (see
 //! `disk/qcow2/write/populate.rs`), also where the last step never comes: the image has forgotten
 //! what is below it, and what is still open is not needed.
+//!
+//! **Commit**: all that is in a disk's image comes into the one below it, the *base*, which the
+//! thread writes itself, through an engine that the VMM thread has opened beside the disk's; what
+//! the guest writes meanwhile is noted in the disk's queue, and copied again. At any moment the
+//! image over the base shows the disk: what has come into the base is what the image hides. In the
+//! end ([`Job::conclude`]) the queue stands still, the last of it is copied, and the disk goes on
+//! with the base under the configuration that [`Block::config`] then has ([`DiskConfig::path`],
+//! `image_type` and `serial` differ); the image, which nobody uses any more, is emptied.
+//! While there is such a job the base is locked as one that is written to.
 
 mod conclude;
 mod thread;
@@ -43,6 +52,9 @@ pub const SYSCALLS: &[&[Allow]] = &[COMMON];
 pub enum JobKind {
     /// Has the image stand alone.
     Stream,
+    /// Has what is in the image come into the one below it, on which the disk goes on; the image
+    /// is then empty.
+    Commit,
 }
 
 impl JobKind {
@@ -50,6 +62,7 @@ impl JobKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Stream => "stream",
+            Self::Commit => "commit",
         }
     }
 }
@@ -145,7 +158,10 @@ impl Block {
         if config.readonly {
             return refuse("the disk is read-only: nothing can come into its image");
         }
-        let steps = image.stream()?;
+        let steps = match kind {
+            JobKind::Stream => image.stream()?,
+            JobKind::Commit => return refuse("not supported yet: committing a disk in use"),
+        };
         let [worker] = &self.workers[..] else {
             return refuse("not supported yet: a disk with more than one queue");
         };
