@@ -13,6 +13,16 @@
 //! that come at the same time both may fail, never both succeed. All are read locks, so an image
 //! that is open for reading only can be locked too.
 //!
+//! A reader becomes the writer through another opening of the file ([`ImageLock::instead_of`]), and a
+//! reader again, without a moment in which somebody else could become one: of an opening's own locks
+//! and another's the kernel knows only that they are not the same, so the reader lets go of what
+//! excludes writers while the new opening has it already.
+//!
+//! ```text
+//!   reader's opening   not shared ───────┐ let go              taken again ┌───── not shared
+//!   writer's opening       not shared, in use ── looks for others ── … ────┴─┘ let go
+//! ```
+//!
 //! With [`LockGranularity::Full`] the whole file is locked, for writing or reading. That covers
 //! QEMU's bytes, so QEMU's tools then can't even read the image.
 #![expect(unsafe_code, reason = "rustix has no OFD locks on byte ranges")]
@@ -20,7 +30,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -43,6 +53,11 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
+/// What a writer does.
+const WRITER: [i64; 3] = [CONSISTENT_READ, WRITE, RESIZE];
+/// What a reader and a writer do not let others do.
+const DENIED: [i64; 2] = [WRITE, RESIZE];
+
 /// Why an image could not be locked.
 #[derive(Debug, Error)]
 pub enum LockError {
@@ -63,6 +78,8 @@ pub enum LockError {
 /// kernel keeps the file open a little longer than we do.
 pub struct ImageLock {
     file: Arc<File>,
+    /// The reader that lets this writer write for as long as there is one.
+    reader: Option<Weak<ImageLock>>,
 }
 
 impl ImageLock {
@@ -73,7 +90,7 @@ impl ImageLock {
         granularity: LockGranularity,
     ) -> Result<Self, LockError> {
         // From here on, dropping this releases whatever was taken.
-        let lock = Self { file };
+        let lock = Self::nothing(file);
         match granularity {
             LockGranularity::ByteRange => lock.take_bytes(writer)?,
             LockGranularity::Full => lock.take_all(writer)?,
@@ -85,14 +102,26 @@ impl ImageLock {
     /// opening: once that lets go the image is locked as one that is only read, and at no moment in
     /// between is it free for another writer.
     pub fn beside_own(file: Arc<File>) -> Result<Self, LockError> {
-        let lock = Self { file };
-        for byte in [
-            USED + CONSISTENT_READ,
-            NOT_SHARED + WRITE,
-            NOT_SHARED + RESIZE,
-        ] {
-            lock.set(libc::F_RDLCK, byte, 1)?;
+        let lock = Self::nothing(file);
+        lock.use_for(&[CONSISTENT_READ])?;
+        lock.deny()?;
+        Ok(lock)
+    }
+
+    /// Locks `file` as its writer although this process has it locked, byte by byte, as the reader
+    /// `reader`, through another opening. Refused where anybody else has it open, and then `reader`
+    /// is what it was; so it is when this is dropped. At no moment is the image free for another
+    /// writer.
+    pub fn instead_of(file: Arc<File>, reader: &Arc<Self>) -> Result<Self, LockError> {
+        let mut lock = Self::nothing(file);
+        lock.use_for(&WRITER)?;
+        lock.deny()?;
+        // From here on, dropping this has the reader deny again what it denied.
+        lock.reader = Some(Arc::downgrade(reader));
+        for bit in DENIED {
+            reader.set(libc::F_UNLCK, NOT_SHARED + bit, 1)?;
         }
+        lock.look_for_others(&WRITER)?;
         Ok(lock)
     }
 
@@ -107,22 +136,27 @@ impl ImageLock {
 
     /// No locks: for another opening of a file that this process has locked.
     pub fn nothing(file: Arc<File>) -> Self {
-        Self { file }
+        Self { file, reader: None }
     }
 
     fn take_bytes(&self, writer: bool) -> Result<(), LockError> {
-        let used: &[i64] = if writer {
-            &[CONSISTENT_READ, WRITE, RESIZE]
-        } else {
-            &[CONSISTENT_READ]
-        };
-        let not_shared = [WRITE, RESIZE];
-        for bit in used {
-            self.set(libc::F_RDLCK, USED + bit, 1)?;
-        }
-        for bit in not_shared {
-            self.set(libc::F_RDLCK, NOT_SHARED + bit, 1)?;
-        }
+        let used: &[i64] = if writer { &WRITER } else { &[CONSISTENT_READ] };
+        self.use_for(used)?;
+        self.deny()?;
+        self.look_for_others(used)
+    }
+
+    fn use_for(&self, bits: &[i64]) -> Result<(), LockError> {
+        let mut bits = bits.iter();
+        bits.try_for_each(|bit| self.set(libc::F_RDLCK, USED + bit, 1))
+    }
+
+    fn deny(&self) -> Result<(), LockError> {
+        let mut bits = DENIED.iter();
+        bits.try_for_each(|bit| self.set(libc::F_RDLCK, NOT_SHARED + bit, 1))
+    }
+
+    fn look_for_others(&self, used: &[i64]) -> Result<(), LockError> {
         for &bit in used {
             if self.conflicting(NOT_SHARED + bit)?.is_some() {
                 return Err(LockError::Held(match bit {
@@ -131,7 +165,7 @@ impl ImageLock {
                 }));
             }
         }
-        for bit in not_shared {
+        for bit in DENIED {
             if self.conflicting(USED + bit)?.is_some() {
                 return Err(LockError::Held("has the image open for writing"));
             }
@@ -147,7 +181,7 @@ impl ImageLock {
         // A writer that locks bytes holds read locks too, so it has to be looked for; a lock to the
         // end of the file (length 0) is another reader's like ours. Whoever comes after us finds
         // our lock on the bytes it looks at.
-        for bit in [WRITE, RESIZE] {
+        for bit in DENIED {
             match self.conflicting(USED + bit)? {
                 Some(other) if other.l_len != 0 => {
                     return Err(LockError::Held("has the image open for writing"));
@@ -198,6 +232,14 @@ impl ImageLock {
 
 impl Drop for ImageLock {
     fn drop(&mut self) {
+        if let Some(reader) = self.reader.take().and_then(|reader| reader.upgrade())
+            && reader.deny().is_err()
+        {
+            // The kernel has no memory for it. Then nobody is to write to what the reader reads:
+            // these locks stay for as long as the process lives.
+            std::mem::forget(self.file.clone());
+            return;
+        }
         // Where this fails there is no lock to release; closing the file does it anyway.
         let _ = self.fcntl(libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
     }

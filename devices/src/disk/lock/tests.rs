@@ -125,6 +125,128 @@ fn qemu_may_read_an_image_that_we_only_read() {
     assert!(!qemu("qemu-io", &write, &image).unwrap().status.success());
 }
 
+/// A lock on another opening of the image, for a writer instead of `reader`.
+fn instead_of(
+    image: &tempfile::NamedTempFile,
+    reader: &Arc<ImageLock>,
+) -> Result<ImageLock, LockError> {
+    let file = File::options().read(true).write(true).open(image.path());
+    ImageLock::instead_of(Arc::new(file.unwrap()), reader)
+}
+
+#[test]
+fn a_reader_becomes_the_writer_and_a_reader_again() {
+    let image = image();
+    let reader = Arc::new(lock(&image, false, ByteRange).unwrap());
+    for _ in 0..3 {
+        let writer = instead_of(&image, &reader).unwrap();
+        for granularity in [ByteRange, Full] {
+            for other in [true, false] {
+                assert!(lock(&image, other, granularity).is_err(), "{granularity:?}");
+            }
+        }
+        assert!(instead_of(&image, &reader).is_err(), "there is one already");
+        // That has not taken anything away from the first one.
+        assert!(lock(&image, false, ByteRange).is_err());
+        drop(writer);
+        assert!(lock(&image, true, ByteRange).is_err(), "it is read again");
+        lock(&image, false, ByteRange).unwrap();
+    }
+    // The writer outlives the reader where the disk goes on with the image.
+    let writer = instead_of(&image, &reader).unwrap();
+    drop(reader);
+    assert!(lock(&image, false, ByteRange).is_err());
+    drop(writer);
+    lock(&image, true, Full).unwrap();
+}
+
+#[test]
+fn a_reader_does_not_become_the_writer_while_anybody_else_reads() {
+    let image = image();
+    let reader = Arc::new(lock(&image, false, ByteRange).unwrap());
+    for granularity in [ByteRange, Full] {
+        let other = lock(&image, false, granularity).unwrap();
+        let refused = instead_of(&image, &reader).err().unwrap();
+        assert!(matches!(refused, LockError::Held(_)), "{granularity:?}");
+        drop(other);
+        assert!(lock(&image, true, ByteRange).is_err(), "it is still read");
+        lock(&image, false, ByteRange).unwrap();
+    }
+    drop(instead_of(&image, &reader).unwrap());
+}
+
+#[test]
+fn qemu_respects_a_reader_that_became_the_writer_and_we_respect_qemu() {
+    let image = image();
+    let file = Arc::new(image.reopen().unwrap());
+    let mut reader = Arc::new(lock(&image, false, ByteRange).unwrap());
+    let write = ["-f", "raw", "-c", "write -P 1 0 512", "{}"];
+    let copy = ["convert", "-f", "raw", "-O", "raw", "{}", "{}.copy"];
+    let may = |tool: &str, arguments: &[&str]| {
+        let output = qemu(tool, arguments, &image)?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() || text.contains("lock"), "{text}");
+        Some(output.status.success())
+    };
+    for outlives in [false, true] {
+        let writer = instead_of(&image, &reader).unwrap();
+        let Some(written) = may("qemu-io", &write) else {
+            return;
+        };
+        assert!(!written);
+        assert_eq!(may("qemu-img", &copy), Some(false), "it would be torn");
+        if !outlives {
+            drop(writer);
+            assert_eq!(may("qemu-io", &write), Some(false));
+            assert_eq!(may("qemu-img", &copy), Some(true));
+            continue;
+        }
+        let reader = std::mem::replace(&mut reader, Arc::new(ImageLock::nothing(file.clone())));
+        drop(reader);
+        assert_eq!(may("qemu-io", &write), Some(false));
+        drop(writer);
+        assert_eq!(may("qemu-io", &write), Some(true));
+    }
+    std::fs::remove_file(image.path().with_file_name(format!(
+        "{}.copy",
+        image.path().file_name().unwrap().display()
+    )))
+    .unwrap();
+    while_qemu_has(&image, &["-f", "raw"], || {
+        let reader = Arc::new(ImageLock::beside_own(file.clone()).unwrap());
+        let refused = instead_of(&image, &reader).err().unwrap();
+        assert!(matches!(refused, LockError::Held(_)), "QEMU writes to it");
+    });
+}
+
+/// Whoever tries all the time to become the writer never does while there is a reader that becomes
+/// one and ceases to be one.
+#[test]
+fn there_is_no_moment_for_another_writer() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let image = image();
+    let reader = Arc::new(lock(&image, false, ByteRange).unwrap());
+    let (done, tries) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                assert!(lock(&image, true, ByteRange).is_err());
+                tries.store(true, Ordering::SeqCst);
+            }
+        });
+        let mut became = 0;
+        let mut rounds = 0;
+        while rounds < 500 || !tries.load(Ordering::SeqCst) {
+            // Refused where the other one is just looking.
+            became += usize::from(instead_of(&image, &reader).is_ok());
+            rounds += 1;
+        }
+        done.store(true, Ordering::SeqCst);
+        println!("became the writer {became} times of {rounds}");
+    });
+    drop(instead_of(&image, &reader).unwrap());
+}
+
 /// Holds `image` open in a qemu-io for as long as `body` runs.
 fn while_qemu_has(image: &tempfile::NamedTempFile, options: &[&str], body: impl FnOnce()) {
     use std::io::{BufRead, BufReader, Write};
