@@ -13,7 +13,7 @@
 //! that come at the same time both may fail, never both succeed. All are read locks, so an image
 //! that is open for reading only can be locked too.
 //!
-//! A reader becomes the writer through another opening of the file ([`ImageLock::instead_of`]), and a
+//! A reader becomes the writer through another opening of the file ([`ImageLock::beside_own_reader`]), and a
 //! reader again, without a moment in which somebody else could become one: of an opening's own locks
 //! and another's the kernel knows only that they are not the same, so the reader lets go of what
 //! excludes writers while the new opening has it already.
@@ -112,7 +112,7 @@ impl ImageLock {
     /// `reader`, through another opening. Refused where anybody else has it open, and then `reader`
     /// is what it was; so it is when this is dropped. At no moment is the image free for another
     /// writer.
-    pub fn instead_of(file: Arc<File>, reader: &Arc<Self>) -> Result<Self, LockError> {
+    pub fn beside_own_reader(file: Arc<File>, reader: &Arc<Self>) -> Result<Self, LockError> {
         let mut lock = Self::nothing(file);
         lock.use_for(&WRITER)?;
         lock.deny()?;
@@ -123,15 +123,6 @@ impl ImageLock {
         }
         lock.look_for_others(&WRITER)?;
         Ok(lock)
-    }
-
-    /// Locks `file` as its writer although this process has it locked as a reader, through another
-    /// opening whose lock is `reader`. From now on that one lets others write, which this one does
-    /// not: at no moment in between is the file free for another writer. Dropped before `reader`
-    /// is, it gives its place back to it in the same way. Fails where somebody else reads or writes
-    /// the file, and then nothing has changed.
-    pub fn beside_own_reader(_file: Arc<File>, _reader: &Arc<Self>) -> Result<Self, LockError> {
-        Err(LockError::Host(io::ErrorKind::Unsupported.into()))
     }
 
     /// No locks: for another opening of a file that this process has locked.

@@ -126,12 +126,12 @@ fn qemu_may_read_an_image_that_we_only_read() {
 }
 
 /// A lock on another opening of the image, for a writer instead of `reader`.
-fn instead_of(
+fn beside_own_reader(
     image: &tempfile::NamedTempFile,
     reader: &Arc<ImageLock>,
 ) -> Result<ImageLock, LockError> {
     let file = File::options().read(true).write(true).open(image.path());
-    ImageLock::instead_of(Arc::new(file.unwrap()), reader)
+    ImageLock::beside_own_reader(Arc::new(file.unwrap()), reader)
 }
 
 #[test]
@@ -139,13 +139,16 @@ fn a_reader_becomes_the_writer_and_a_reader_again() {
     let image = image();
     let reader = Arc::new(lock(&image, false, ByteRange).unwrap());
     for _ in 0..3 {
-        let writer = instead_of(&image, &reader).unwrap();
+        let writer = beside_own_reader(&image, &reader).unwrap();
         for granularity in [ByteRange, Full] {
             for other in [true, false] {
                 assert!(lock(&image, other, granularity).is_err(), "{granularity:?}");
             }
         }
-        assert!(instead_of(&image, &reader).is_err(), "there is one already");
+        assert!(
+            beside_own_reader(&image, &reader).is_err(),
+            "there is one already"
+        );
         // That has not taken anything away from the first one.
         assert!(lock(&image, false, ByteRange).is_err());
         drop(writer);
@@ -153,7 +156,7 @@ fn a_reader_becomes_the_writer_and_a_reader_again() {
         lock(&image, false, ByteRange).unwrap();
     }
     // The writer outlives the reader where the disk goes on with the image.
-    let writer = instead_of(&image, &reader).unwrap();
+    let writer = beside_own_reader(&image, &reader).unwrap();
     drop(reader);
     assert!(lock(&image, false, ByteRange).is_err());
     drop(writer);
@@ -166,13 +169,13 @@ fn a_reader_does_not_become_the_writer_while_anybody_else_reads() {
     let reader = Arc::new(lock(&image, false, ByteRange).unwrap());
     for granularity in [ByteRange, Full] {
         let other = lock(&image, false, granularity).unwrap();
-        let refused = instead_of(&image, &reader).err().unwrap();
+        let refused = beside_own_reader(&image, &reader).err().unwrap();
         assert!(matches!(refused, LockError::Held(_)), "{granularity:?}");
         drop(other);
         assert!(lock(&image, true, ByteRange).is_err(), "it is still read");
         lock(&image, false, ByteRange).unwrap();
     }
-    drop(instead_of(&image, &reader).unwrap());
+    drop(beside_own_reader(&image, &reader).unwrap());
 }
 
 #[test]
@@ -189,7 +192,7 @@ fn qemu_respects_a_reader_that_became_the_writer_and_we_respect_qemu() {
         Some(output.status.success())
     };
     for outlives in [false, true] {
-        let writer = instead_of(&image, &reader).unwrap();
+        let writer = beside_own_reader(&image, &reader).unwrap();
         let Some(written) = may("qemu-io", &write) else {
             return;
         };
@@ -214,7 +217,7 @@ fn qemu_respects_a_reader_that_became_the_writer_and_we_respect_qemu() {
     .unwrap();
     while_qemu_has(&image, &["-f", "raw"], || {
         let reader = Arc::new(ImageLock::beside_own(file.clone()).unwrap());
-        let refused = instead_of(&image, &reader).err().unwrap();
+        let refused = beside_own_reader(&image, &reader).err().unwrap();
         assert!(matches!(refused, LockError::Held(_)), "QEMU writes to it");
     });
 }
@@ -238,13 +241,13 @@ fn there_is_no_moment_for_another_writer() {
         let mut rounds = 0;
         while rounds < 500 || !tries.load(Ordering::SeqCst) {
             // Refused where the other one is just looking.
-            became += usize::from(instead_of(&image, &reader).is_ok());
+            became += usize::from(beside_own_reader(&image, &reader).is_ok());
             rounds += 1;
         }
         done.store(true, Ordering::SeqCst);
         println!("became the writer {became} times of {rounds}");
     });
-    drop(instead_of(&image, &reader).unwrap());
+    drop(beside_own_reader(&image, &reader).unwrap());
 }
 
 /// Holds `image` open in a qemu-io for as long as `body` runs.
