@@ -290,15 +290,27 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     ];
     let exchanged = exchanged.map(|(kind, list)| (kind, lists(list, true)));
     let job = [("disk-job", job::SYSCALLS.to_vec())];
-    own.chain(exchanged).chain(job).collect()
+    // One that commits has an engine of its own.
+    let commits = [
+        ("disk-commit-raw-io-uring", raw::URING_SYSCALLS),
+        ("disk-commit-raw-sync", raw::SYNC_SYSCALLS),
+        ("disk-commit-qcow2-io-uring", qcow2::WRITE_SYSCALLS[0]),
+        ("disk-commit-qcow2-sync", qcow2::WRITE_SYSCALLS[1]),
+    ];
+    let commits = commits.map(|(kind, list)| {
+        let lists = [job::SYSCALLS, &[list, job::GROW_SYSCALLS]].concat();
+        (kind, lists)
+    });
+    own.chain(exchanged).chain(job).chain(commits).collect()
 }
 
 /// The lists of the filter of a queue's thread, whose engine has the list `engine`; with `overlay`
-/// it may be exchanged for that of an overlay.
+/// it may be exchanged for that of an overlay, and that of an overlay for that of a raw image.
 fn lists(engine: &'static [Allow], overlay: bool) -> Vec<&'static [Allow]> {
     let mut lists = vec![COMMON, WORKER, engine, timer::SYSCALLS, space::SYSCALLS];
     if overlay {
         lists.extend(qcow2::WRITE_SYSCALLS);
+        lists.extend([raw::URING_SYSCALLS, raw::SYNC_SYSCALLS]);
     }
     lists
 }

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use super::buffers::{AlignedBuffer, Buffers};
 use super::{Completion, Format, Image, OpenOptions, Operation, Queue, Request, SECTOR, open};
 use crate::config::BuildError;
+use crate::sandbox::Allow;
 
 /// So many requests at a time.
 const DEPTH: u16 = 64;
@@ -21,7 +22,7 @@ const WAITED: u16 = u16::MAX;
 /// sees to it that these do not touch the same sectors.
 pub struct Blocking {
     queue: Box<dyn Queue>,
-    image: Box<dyn Image>,
+    image: Arc<dyn Image>,
     size_bytes: u64,
     /// What others' requests came to.
     completed: Vec<Completion>,
@@ -31,17 +32,24 @@ pub struct Blocking {
 impl Blocking {
     /// Opens an image.
     pub fn open(format: Format, options: &OpenOptions) -> Result<Self, BuildError> {
-        let image = open(format, options)?;
-        let queue = image.open_queue(DEPTH).map_err(|error| {
-            BuildError::host(format!("opening {}", options.path.display()), error)
-        })?;
+        Self::over(open(format, options)?.into())
+            .map_err(|error| BuildError::host(format!("opening {}", options.path.display()), error))
+    }
+
+    /// The same over an image that is open.
+    pub fn over(image: Arc<dyn Image>) -> io::Result<Self> {
         Ok(Self {
             size_bytes: image.size_bytes(),
-            queue,
+            queue: image.open_queue(DEPTH)?,
             image,
             completed: Vec::new(),
             scratch: Vec::new(),
         })
+    }
+
+    /// What whoever uses it calls.
+    pub fn syscalls(&self) -> &'static [Allow] {
+        self.queue.syscalls()
     }
 
     /// Size of the disk.

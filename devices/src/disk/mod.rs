@@ -29,6 +29,7 @@ pub mod blocking;
 pub mod buffers;
 pub mod commit;
 pub mod copy;
+pub mod dirty;
 pub mod exchange;
 pub mod lock;
 pub(crate) mod new_file;
@@ -92,9 +93,32 @@ pub trait Image: Send + Sync {
     fn reopen_alone(&self) -> Result<Box<dyn Image>, BuildError> {
         Err(Invalid::new("id", "an image of this format has no backing file").into())
     }
+    /// Opens the image below this one, the base, for writing, so that what is in this one can come
+    /// into it while both are in use. A refusal names the field `id`. Called on the VMM thread.
+    fn begin_commit(&self) -> Result<Commit, BuildError> {
+        Err(Invalid::new("id", "an image of this format has no backing file").into())
+    }
+    /// Opens the base of a commit anew, under the same lock, to be used by a disk: nobody reads it
+    /// as the other image's backing file any more. Its queue is closed. Called on the VMM thread.
+    fn reopen_base(&self) -> Result<Box<dyn Image>, BuildError> {
+        Err(Invalid::new("id", "it is not the base of a commit").into())
+    }
     /// The image that was opened anew is about to be used: this one's queue, which still stands
     /// still, is to be closed without a change to the file. Called on the VMM thread.
     fn hand_over(&self) {}
+}
+
+/// What it takes to commit an image.
+pub struct Commit {
+    /// Gives out what the image has ([`steps::Step::Take`]), and empties it in the end.
+    pub steps: Arc<dyn steps::Steps>,
+    /// Knows what is changed meanwhile.
+    pub dirty: Arc<dirty::DirtyMap>,
+    /// The image below. Only where the other image has something may it be written to, with the
+    /// same content; then what that one shows stays the same, though it reads this one too.
+    pub base: Arc<dyn Image>,
+    /// What the base is.
+    pub info: BackingInfo,
 }
 
 /// Units of an image.

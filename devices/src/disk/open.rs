@@ -37,7 +37,11 @@ pub struct HostFile {
 
 /// Opens and locks the file of a raw disk: its size is the disk's.
 pub fn open(options: &OpenOptions) -> Result<HostFile, BuildError> {
-    let host = open_file(options)?;
+    checked(open_file(options)?, options)
+}
+
+/// Checks that a file can be a raw disk.
+pub fn checked(host: HostFile, options: &OpenOptions) -> Result<HostFile, BuildError> {
     let (path, size_bytes) = (options.path.display(), host.size_bytes);
     if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
         return Err(invalid(format!(
@@ -70,14 +74,24 @@ pub fn open_unlocked(options: &OpenOptions) -> Result<HostFile, BuildError> {
     open_any(options, Locking::Nothing)
 }
 
+/// Opens a file as its writer that this process reads through another opening, with the lock
+/// `reader`; see [`ImageLock::beside_own_reader`].
+pub fn open_beside_reader(
+    options: &OpenOptions,
+    reader: &Arc<ImageLock>,
+) -> Result<HostFile, BuildError> {
+    open_any(options, Locking::BesideReader(reader))
+}
+
 /// How a file is locked.
-enum Locking {
+enum Locking<'a> {
     Take,
     BesideOwn,
+    BesideReader(&'a Arc<ImageLock>),
     Nothing,
 }
 
-fn open_any(options: &OpenOptions, locking: Locking) -> Result<HostFile, BuildError> {
+fn open_any(options: &OpenOptions, locking: Locking<'_>) -> Result<HostFile, BuildError> {
     let path = options.path.as_path();
     let before = rustix::fs::stat(path).map_err(|e| refused(path, e))?;
     check_kind(&before)?;
@@ -93,6 +107,7 @@ fn open_any(options: &OpenOptions, locking: Locking) -> Result<HostFile, BuildEr
     let lock = match locking {
         Locking::Take => ImageLock::take(file.clone(), !options.readonly, options.lock),
         Locking::BesideOwn => ImageLock::beside_own(file.clone()),
+        Locking::BesideReader(reader) => ImageLock::beside_own_reader(file.clone(), reader),
         Locking::Nothing => Ok(ImageLock::nothing(file.clone())),
     };
     let lock = Arc::new(lock.map_err(|e| lock_failed(path, e))?);

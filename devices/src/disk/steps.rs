@@ -5,6 +5,9 @@
 //! that, and requests of the guest go on beside it.
 
 use std::io;
+use std::sync::Arc;
+
+use super::buffers::AlignedBuffer;
 
 /// A step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,17 +20,47 @@ pub enum Step {
     /// Have the image forget what is below it, for good and durably. All must have come into it,
     /// of a disk of this many bytes.
     Detach(u64),
+    /// Give out the next part of the disk that the image itself has, from the first of these bytes
+    /// on and before the second.
+    Take(u64, u64),
+    /// Have the image have nothing of the disk any more, durably: all of it must be in the one
+    /// below. Nothing else may be done with it, and afterwards it is to be closed.
+    Empty,
 }
 
 /// How far a step came.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Reached {
     /// This byte of the disk is the next.
     pub position: u64,
-    /// So many bytes were read from what is below the image.
+    /// So many bytes were read from what is below the image, or to give them out.
     pub read: u64,
     /// So many of them were written to it: not those that are zeroes.
     pub copied: u64,
+    /// What was given out; it ends at `position`.
+    pub taken: Taken,
+}
+
+/// A part of the disk as the image has it.
+#[derive(Default)]
+pub enum Taken {
+    /// There was none, as far as it was looked for.
+    #[default]
+    Nothing,
+    /// Zeroes, from this byte of the disk on.
+    Zeroes(u64),
+    /// From this byte of the disk on, so many of these bytes.
+    Data(u64, Arc<AlignedBuffer>, usize),
+}
+
+impl std::fmt::Debug for Taken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nothing => write!(f, "Nothing"),
+            Self::Zeroes(start) => write!(f, "Zeroes({start})"),
+            Self::Data(start, _, len) => write!(f, "Data({start}, {len} bytes)"),
+        }
+    }
 }
 
 /// What comes of a step.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Job, JobStatus};
+use super::{Job, JobKind, JobStatus};
 use crate::block::Block;
 use crate::block::frozen::{FreezeError, Frozen, ask, gone};
 use crate::config::{BuildError, Invalid};
@@ -31,9 +31,20 @@ impl From<BuildError> for ConcludeError {
     }
 }
 
+impl FreezeError {
+    /// At the end of a commit.
+    pub(super) fn of_commit(self) -> ConcludeError {
+        match self {
+            Self::Worker(_, error) => ConcludeError::NotMoved(error),
+            Self::Timeout => ConcludeError::Timeout,
+        }
+    }
+}
+
 impl Job {
-    /// Has the disk, which the job was begun on, go on with its image opened anew, and closes what
-    /// was below; `go_on` unless the VM is paused. Called on the VMM thread once the job is ready.
+    /// Has the disk, which the job was begun on, go on: after a stream with its image opened anew,
+    /// and what was below is closed; after a commit with what was below, and the image is emptied
+    /// and closed. `go_on` unless the VM is paused. Called on the VMM thread once the job is ready.
     pub fn conclude(&mut self, block: &Block, go_on: bool) -> Result<(), ConcludeError> {
         let refuse = |reason| Err(BuildError::from(Invalid::new("id", reason)).into());
         if *self.shared.status() != JobStatus::Ready {
@@ -41,6 +52,9 @@ impl Job {
         }
         if !Arc::ptr_eq(&self.on_disk.0, &block.job) {
             return refuse("the job is one of another disk");
+        }
+        if self.kind == JobKind::Commit {
+            return self.move_down(block, go_on);
         }
         let old = block.opened().image.clone();
         let [worker] = &block.workers[..] else {

@@ -25,6 +25,7 @@
 //! `image_type` and `serial` differ); the image, which nobody uses any more, is emptied.
 //! While there is such a job the base is locked as one that is written to.
 
+mod commit;
 mod conclude;
 mod thread;
 
@@ -37,14 +38,21 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use self::commit::{Base, Below};
 pub use self::conclude::ConcludeError;
-use self::thread::{Told, Work};
+use self::thread::{Task, Told, Work};
 use super::{Block, NAME_BYTES, snapshot};
+use crate::allow;
 use crate::config::{BuildError, Invalid};
+use crate::disk::Image;
+use crate::disk::blocking::Blocking;
 use crate::sandbox::{Allow, COMMON, Filter};
 
 /// What its thread calls: it waits, and has others do the rest.
 pub const SYSCALLS: &[&[Allow]] = &[COMMON];
+
+/// What it calls beside that where it makes a raw image larger.
+pub const GROW_SYSCALLS: &[Allow] = &[allow!(ftruncate), allow!(lseek)];
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -105,6 +113,8 @@ pub struct Job {
     shared: Arc<Shared>,
     told: Sender<Told>,
     thread: Option<JoinHandle<()>>,
+    /// Of a commit. Closed when the thread has ended.
+    base: Option<Below>,
     on_disk: OnDisk,
 }
 
@@ -141,14 +151,14 @@ impl Block {
         self.job.load(Ordering::SeqCst)
     }
 
-    /// Begins a job that moves up to `speed` bytes a second; when its thread has ended, whatever
-    /// the outcome, it calls `wake` last, which must not wait for anybody. Refusals name the field
-    /// `id`. Called on the VMM thread.
+    /// Begins a job that moves up to `speed` bytes a second; it calls `wake`, which must not wait
+    /// for anybody, when it is ready, and when its thread has ended, whatever the outcome, last.
+    /// Refusals name the field `id`. Called on the VMM thread.
     pub fn begin_job(
         &self,
         kind: JobKind,
         speed: Option<NonZeroU64>,
-        wake: Box<dyn FnOnce() + Send>,
+        wake: Box<dyn Fn() + Send>,
     ) -> Result<Job, BuildError> {
         let refuse = |reason: &str| Err(Invalid::new("id", reason).into());
         let (config, image) = {
@@ -158,10 +168,6 @@ impl Block {
         if config.readonly {
             return refuse("the disk is read-only: nothing can come into its image");
         }
-        let steps = match kind {
-            JobKind::Stream => image.stream()?,
-            JobKind::Commit => return refuse("not supported yet: committing a disk in use"),
-        };
         let [worker] = &self.workers[..] else {
             return refuse("not supported yet: a disk with more than one queue");
         };
@@ -172,6 +178,14 @@ impl Block {
             return refuse("there is a job on the disk already");
         }
         let on_disk = OnDisk(self.job.clone());
+        let (task, base, steps) = match kind {
+            JobKind::Stream => (Task::Stream, None, image.stream()?),
+            JobKind::Commit => {
+                let (base, below) = self.open_base(image.as_ref())?;
+                let steps = below.steps.clone();
+                (Task::Commit(base), Some(below), steps)
+            }
+        };
         let shared = Arc::new(Shared {
             done_bytes: AtomicU64::new(0),
             copied_bytes: AtomicU64::new(0),
@@ -187,14 +201,41 @@ impl Block {
             worker.orders(),
             (told.clone(), inbox),
         );
-        let thread = spawn(&thread_name(&self.id), self.seccomp, work, wake)?;
+        let thread = spawn(&thread_name(&self.id), self.seccomp, work, task, wake)?;
         Ok(Job {
             kind,
             shared,
             told,
             thread: Some(thread),
+            base,
             on_disk,
         })
+    }
+
+    /// Opens what a commit of `image` writes to, and begins to note what changes.
+    fn open_base(&self, image: &dyn Image) -> Result<(Base, Below), BuildError> {
+        let commit = image.begin_commit()?;
+        let block = commit.base.geometry().logical_block;
+        let guest_block = self.shared.logical_block();
+        if block > guest_block {
+            let reason = format!(
+                "{} is where the host transfers {block} bytes at a time, and the guest uses the \
+                 disk in blocks of {guest_block}",
+                commit.info.path.display()
+            );
+            return Err(Invalid::new("id", reason).into());
+        }
+        let failed = |e| BuildError::host(format!("opening {}", commit.info.path.display()), e);
+        let disk = Blocking::over(commit.base.clone()).map_err(failed)?;
+        let tracking = commit.dirty.track(image.size_bytes());
+        let tracking = tracking.map_err(|e| BuildError::host("noting what changes", e))?;
+        let base = Base::new(disk, tracking, commit.info.path.clone());
+        let below = Below {
+            image: commit.base,
+            info: commit.info,
+            steps: commit.steps,
+        };
+        Ok((base, below))
     }
 }
 
@@ -264,11 +305,16 @@ fn spawn(
     name: &str,
     seccomp: crate::sandbox::SeccompMode,
     work: Work,
-    wake: Box<dyn FnOnce() + Send>,
+    task: Task,
+    wake: Box<dyn Fn() + Send>,
 ) -> Result<JoinHandle<()>, BuildError> {
     let failed = |error| BuildError::host(format!("starting the thread {name}"), error);
+    let lists = match &task {
+        Task::Stream => SYSCALLS.to_vec(),
+        Task::Commit(base) => [SYSCALLS, &base.syscalls()].concat(),
+    };
     let filter =
-        Filter::compile(name, seccomp, SYSCALLS).map_err(|e| failed(std::io::Error::other(e)))?;
+        Filter::compile(name, seccomp, &lists).map_err(|e| failed(std::io::Error::other(e)))?;
     let (installed, outcome) = channel();
     let thread = std::thread::Builder::new()
         .name(name.replace('\0', ""))
@@ -279,8 +325,7 @@ fn spawn(
             // The spawner waits for this, so it is there to hear it.
             let _ = installed.send(result);
             if go {
-                work.run();
-                wake();
+                work.run(task, &wake);
             }
         })
         .map_err(failed)?;

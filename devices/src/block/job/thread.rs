@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::commit::Base;
 use super::{JobStatus, Shared};
 use crate::disk::steps::{Outcome, Reached, Reply, Step, Steps};
 use crate::worker::{Order, Orders};
@@ -26,22 +27,36 @@ pub enum Told {
     Answer(Outcome),
     /// Something has changed: whether it is to end, how fast it may be.
     Look,
+    /// The disk stands still: a commit that is ready is to do the rest, and say how that went.
+    Finish(Sender<Result<(), String>>),
+}
+
+/// What it does.
+pub enum Task {
+    Stream,
+    Commit(Base),
 }
 
 /// See the module.
 pub struct Work {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     steps: Arc<dyn Steps>,
     orders: Orders,
     told: Sender<Told>,
     inbox: Receiver<Told>,
     /// Bytes that were moved faster than they may be, and since when.
     ahead: (f64, Instant),
+    /// Waits for the rest; from then on there is no limit to the speed.
+    pub(super) finish: Option<Sender<Result<(), String>>>,
+    finishing: bool,
 }
 
 /// Why it ends early.
-enum End {
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    #[error("it was cancelled")]
     Cancelled,
+    #[error("{0}")]
     Failed(String),
 }
 
@@ -60,17 +75,24 @@ impl Work {
             told,
             inbox,
             ahead: (0.0, Instant::now()),
+            finish: None,
+            finishing: false,
         }
     }
 
-    /// From the beginning to the end.
-    pub fn run(mut self) {
-        let status = match self.stream() {
+    /// From the beginning to the end; calls `wake` when there is something to see.
+    pub fn run(mut self, task: Task, wake: &dyn Fn()) {
+        let result = match task {
+            Task::Stream => self.stream(),
+            Task::Commit(base) => self.commit(base, wake),
+        };
+        let status = match result {
             Ok(()) => JobStatus::Ready,
             Err(End::Cancelled) => JobStatus::Cancelled,
             Err(End::Failed(reason)) => JobStatus::Failed(reason),
         };
         *self.shared.status() = status;
+        wake();
     }
 
     fn stream(&mut self) -> Result<(), End> {
@@ -96,7 +118,7 @@ impl Work {
     }
 
     /// Has a step done, and waits for it.
-    fn step(&mut self, step: Step) -> Result<Reached, End> {
+    pub(super) fn step(&mut self, step: Step) -> Result<Reached, End> {
         loop {
             match self.try_step(step)? {
                 Ok(reached) => return Ok(reached),
@@ -106,7 +128,10 @@ impl Work {
                 }
                 Err(error) => {
                     let reason = match step {
-                        Step::Populate(position) => format!("at byte {position}: {error}"),
+                        Step::Populate(position) | Step::Take(position, _) => {
+                            format!("at byte {position}: {error}")
+                        }
+                        Step::Empty => format!("emptying the image: {error}"),
                         Step::CheckDetach => format!("looking at the image: {error}"),
                         Step::Detach(_) => format!("writing the image's header: {error}"),
                     };
@@ -137,6 +162,7 @@ impl Work {
             }
             match self.inbox.recv_timeout(attend - now) {
                 Ok(Told::Answer(outcome)) => return Ok(outcome),
+                Ok(Told::Finish(reply)) => self.finish_with(reply),
                 Ok(Told::Look) | Err(RecvTimeoutError::Timeout) => {}
                 // We have a sender ourselves.
                 Err(RecvTimeoutError::Disconnected) => return Err(End::Cancelled),
@@ -150,7 +176,7 @@ impl Work {
         }
     }
 
-    fn check(&self) -> Result<(), End> {
+    pub(super) fn check(&self) -> Result<(), End> {
         match self.shared.cancelled.load(Ordering::SeqCst) {
             true => Err(End::Cancelled),
             false => Ok(()),
@@ -158,13 +184,13 @@ impl Work {
     }
 
     /// Waits until so many bytes more are not too many.
-    fn keep_to_speed(&mut self, bytes: u64) -> Result<(), End> {
+    pub(super) fn keep_to_speed(&mut self, bytes: u64) -> Result<(), End> {
         self.ahead.0 += bytes as f64;
         loop {
             self.check()?;
             let now = Instant::now();
             let speed = self.shared.speed.load(Ordering::SeqCst) as f64;
-            if speed == 0.0 {
+            if speed == 0.0 || self.finishing {
                 self.ahead = (0.0, now);
                 return Ok(());
             }
@@ -180,9 +206,17 @@ impl Work {
     }
 
     /// Waits so long, or until something changes.
-    fn wait(&mut self, wait: Duration) -> Result<(), End> {
+    pub(super) fn wait(&mut self, wait: Duration) -> Result<(), End> {
         // A late answer says nothing any more.
-        let _ = self.inbox.recv_timeout(wait);
+        if let Ok(Told::Finish(reply)) = self.inbox.recv_timeout(wait) {
+            self.finish_with(reply);
+        }
         self.check()
+    }
+
+    /// From now on a guest waits.
+    fn finish_with(&mut self, reply: Sender<Result<(), String>>) {
+        self.finish = Some(reply);
+        self.finishing = true;
     }
 }

@@ -51,7 +51,7 @@ pub struct Layer {
     /// `None` for a raw image.
     tables: Option<Tables>,
     pub block_device: bool,
-    _lock: Arc<ImageLock>,
+    lock: Arc<ImageLock>,
 }
 
 struct Tables {
@@ -63,6 +63,11 @@ impl Layer {
     /// Size of the disk that it is.
     pub fn disk_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// Its place among those who use the file.
+    pub fn lock(&self) -> &Arc<ImageLock> {
+        &self.lock
     }
 
     /// How the image divides the disk; `None` for a raw image.
@@ -191,7 +196,7 @@ impl Chain {
                 file_bytes: host.size_bytes,
                 tables,
                 block_device: host.block_device,
-                _lock: host.lock,
+                lock: host.lock,
             });
         }
         let (chain_bytes, pages_bytes) = divide(&layers, options);

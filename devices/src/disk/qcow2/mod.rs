@@ -21,6 +21,7 @@
 mod cache;
 mod chain;
 pub mod check;
+mod commit;
 pub mod create;
 mod decompress;
 mod details;
@@ -55,7 +56,9 @@ use self::queue::ChainQueue;
 use self::write::{Control, GrowError, Writable};
 use super::open::HostFile;
 use super::steps::Steps;
-use super::{BackingInfo, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR, Threads};
+use super::{
+    BackingInfo, Commit, Format, Geometry, Image, ImageInfo, OpenOptions, Queue, SECTOR, Threads,
+};
 use crate::config::{BuildError, Invalid};
 use crate::sandbox::Allow;
 
@@ -82,6 +85,17 @@ pub struct Qcow2Image {
 /// Names of snapshots that are told.
 const TOLD_SNAPSHOTS: usize = 1024;
 
+/// Who else has the topmost image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Opened {
+    /// Nobody.
+    Usual,
+    /// This process reads it as a backing file.
+    BesideReader,
+    /// It has done so, and may have left leaks.
+    AfterReader,
+}
+
 impl Qcow2Image {
     /// Opens and locks all of the chain.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
@@ -92,7 +106,7 @@ impl Qcow2Image {
             }
             (chain, top) = Chain::open_again(options, &top.host)?;
         }
-        Self::of(chain, top, options)
+        Self::of(chain, top, options, Opened::Usual)
     }
 
     /// Opens an overlay that is to be known as `name` of an image that this process is writing to,
@@ -119,12 +133,17 @@ impl Qcow2Image {
         if let Some(layer) = chain.layers.first_mut() {
             layer.path = name.into();
         }
-        let mut image = Self::of(chain, top, options)?;
+        let mut image = Self::of(chain, top, options, Opened::Usual)?;
         image.options.path = name.into();
         Ok(image)
     }
 
-    fn of(chain: Chain, top: Top, options: &OpenOptions) -> Result<Self, BuildError> {
+    fn of(
+        chain: Chain,
+        top: Top,
+        options: &OpenOptions,
+        opened: Opened,
+    ) -> Result<Self, BuildError> {
         let size_bytes = chain.size_bytes();
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) {
             let reason = format!(
@@ -156,6 +175,11 @@ impl Qcow2Image {
             true => None,
             false => {
                 let writable = Writable::open(chain.clone(), &top, &options.path)?;
+                let writable = match opened {
+                    Opened::Usual => writable,
+                    Opened::BesideReader => writable.beside_reader(),
+                    Opened::AfterReader => writable.search_leaks(&top.header),
+                };
                 control = Some(writable.control());
                 Some(Mutex::new(Some(writable)))
             }
@@ -170,6 +194,26 @@ impl Qcow2Image {
             host: top.host,
             options: options.clone(),
         })
+    }
+
+    /// Whether there is an image below that a job may have to do with, and who does its steps.
+    fn steps(&self) -> Result<Arc<dyn Steps>, BuildError> {
+        let path = self.options.path.display();
+        let refuse =
+            |reason: &str| BuildError::from(Invalid::new("id", format!("{path} {reason}")));
+        let Some(control) = &self.control else {
+            return Err(refuse("is open for reading only"));
+        };
+        if self.chain.layers.len() < 2 {
+            return Err(refuse("has no backing file"));
+        }
+        if !self.snapshots.is_empty() {
+            // What is not in them shows what is below.
+            return Err(refuse(
+                "has snapshots inside, which would lose what they have of its backing file",
+            ));
+        }
+        Ok(control.clone())
     }
 }
 
@@ -244,22 +288,17 @@ impl Image for Qcow2Image {
     }
 
     fn stream(&self) -> Result<Arc<dyn Steps>, BuildError> {
-        let path = self.options.path.display();
-        let refuse =
-            |reason: &str| BuildError::from(Invalid::new("id", format!("{path} {reason}")));
-        let Some(control) = &self.control else {
-            return Err(refuse("is open for reading only"));
-        };
-        if self.chain.layers.len() < 2 {
-            return Err(refuse("has no backing file"));
-        }
-        if !self.snapshots.is_empty() {
-            // What is not in them shows what is below.
-            return Err(refuse(
-                "has snapshots inside, which would lose what they have of its backing file",
-            ));
-        }
-        Ok(control.clone())
+        self.steps()
+    }
+
+    fn begin_commit(&self) -> Result<Commit, BuildError> {
+        self.open_base()
+    }
+
+    fn reopen_base(&self) -> Result<Box<dyn Image>, BuildError> {
+        let (chain, top) = Chain::open_again(&self.options, &self.host)?;
+        let image = Self::of(chain, top, &self.options, Opened::AfterReader)?;
+        Ok(Box::new(image))
     }
 
     fn reopen_alone(&self) -> Result<Box<dyn Image>, BuildError> {
@@ -269,7 +308,7 @@ impl Image for Qcow2Image {
             ..self.options.clone()
         };
         let (chain, top) = Chain::open_again(&options, &self.host)?;
-        let mut image = Self::of(chain, top, &options)?;
+        let mut image = Self::of(chain, top, &options, Opened::Usual)?;
         image.options.backing_files = self.options.backing_files;
         Ok(Box::new(image))
     }

@@ -23,6 +23,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::lock::ImageLock;
+use super::open::HostFile;
 use super::pool::{Pool, Threads};
 use super::space::is_no_space;
 use super::{Format, Geometry, Image, ImageInfo, OpenOptions, Queue, open, ring};
@@ -37,7 +38,7 @@ pub struct RawImage {
     path: PathBuf,
     readonly: bool,
     disable_io_uring: bool,
-    _lock: Arc<ImageLock>,
+    lock: Arc<ImageLock>,
 }
 
 /// What the queues of an image share.
@@ -79,8 +80,12 @@ impl Host {
 impl RawImage {
     /// Opens and locks the file.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
-        let opened = open::open(options)?;
-        Ok(Self {
+        Ok(Self::of(open::open(options)?, options))
+    }
+
+    /// The same of a file that is open, and was checked.
+    pub fn of(opened: HostFile, options: &OpenOptions) -> Self {
+        Self {
             host: Arc::new(Host {
                 file: opened.file,
                 direct_memory_align: opened.direct_memory_align,
@@ -96,8 +101,8 @@ impl RawImage {
             path: options.path.clone(),
             readonly: options.readonly,
             disable_io_uring: options.disable_io_uring,
-            _lock: opened.lock,
-        })
+            lock: opened.lock,
+        }
     }
 }
 
@@ -134,6 +139,19 @@ impl Image for RawImage {
 
     fn info(&self) -> io::Result<ImageInfo> {
         Ok(ImageInfo::new(Format::Raw, self.size_bytes()))
+    }
+
+    fn reopen_base(&self) -> Result<Box<dyn Image>, BuildError> {
+        Ok(Box::new(Self {
+            host: self.host.clone(),
+            size_bytes: AtomicU64::new(self.size_bytes()),
+            geometry: self.geometry,
+            serial: self.serial.clone(),
+            path: self.path.clone(),
+            readonly: self.readonly,
+            disable_io_uring: self.disable_io_uring,
+            lock: self.lock.clone(),
+        }))
     }
 
     fn grow(&self, size_bytes: u64, _attend: &dyn Fn()) -> Result<(), BuildError> {

@@ -125,7 +125,7 @@ impl Engine {
     }
 
     /// Has the page in memory, and changes it; with `allocating` held.
-    async fn change_refcounts<R>(
+    pub async fn change_refcounts<R>(
         &self,
         offset: u64,
         mut change: impl FnMut(&mut [u8]) -> Option<R>,
@@ -528,10 +528,8 @@ impl Engine {
         let state = |engine: &Self| -> io::Result<Option<u64>> {
             let tables = locked(&engine.tables);
             let entry = tables.l1.get(index).copied().ok_or(Errno::IO)?;
-            Ok(match entry & COPIED {
-                0 => Some(entry),
-                _ => None,
-            })
+            let kept = tables.kept.as_ref().is_some_and(|kept| kept.has(index));
+            Ok((entry & COPIED == 0 || kept).then_some(entry))
         };
         match state(self)? {
             None => return Ok(true),
@@ -575,6 +573,9 @@ impl Engine {
             }
         }
         self.set_l1(&mut tables, index, offset | COPIED);
+        if let Some(kept) = &mut tables.kept {
+            kept.replaced(index);
+        }
         tables.barrier = true;
         tables.reserved.insert(offset);
         // It may be the table of a snapshot now, and nothing else: still no place for data.

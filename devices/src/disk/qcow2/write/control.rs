@@ -5,13 +5,14 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::super::super::dirty::DirtyMap;
 use super::super::super::steps::{Reply, Step, Steps};
 use super::lock::locked;
 
@@ -76,6 +77,8 @@ pub struct Control {
     orders: Mutex<VecDeque<(u64, Order)>>,
     /// Somebody else goes on with the file.
     handed_over: AtomicBool,
+    /// What requests change, while a job wants to know.
+    pub dirty: Arc<DirtyMap>,
 }
 
 impl Control {
@@ -88,6 +91,7 @@ impl Control {
             numbers: AtomicU64::new(0),
             orders: Mutex::default(),
             handed_over: AtomicBool::new(false),
+            dirty: Arc::default(),
         }
     }
 

@@ -23,6 +23,7 @@ use super::super::map::{Corrupt, Layout, Mapping, Place};
 use super::control::Control;
 use super::extents::Extents;
 use super::io::{HostOp, Io, Kind as Do, Ticket};
+use super::keep::Kept;
 use super::leaks::{Marks, SnapshotTables};
 use super::lock::{RangeLock, locked};
 use super::pages::{Kind, Pages};
@@ -62,6 +63,8 @@ pub struct Tables {
     pub unlinked: Vec<u64>,
     /// While leaks are searched for; set from the beginning.
     pub marks: Option<Marks>,
+    /// Which L2 tables are read by somebody else, where somebody does.
+    pub kept: Option<Kept>,
     /// The error after which nothing that was written can be relied upon any more.
     pub lost: Option<Errno>,
     /// There are autoclear features to be cleared before the first write.
@@ -451,18 +454,23 @@ impl Engine {
         Ok(())
     }
 
-    /// Where up to `len` bytes from `position` on are, in the whole chain.
-    pub async fn look_up(&self, position: u64, len: u64) -> io::Result<(Found, u64)> {
+    /// What the topmost image says about up to `len` bytes from `position` on.
+    pub async fn look_up_top(&self, position: u64, len: u64) -> io::Result<(Mapping, u64)> {
         let mapped = self
             .with_page(position, |page, place| match page {
                 None => Ok((Mapping::Unallocated, len.min(self.table_span(position)))),
                 Some(page) => self.layout.map(page, place, len),
             })
             .await?;
-        let (mapping, span) = mapped.map_err(|Corrupt| {
+        mapped.map_err(|Corrupt| {
             self.log_corruption("a bad L2 entry", position);
-            io::Error::from(Errno::IO)
-        })?;
+            Errno::IO.into()
+        })
+    }
+
+    /// Where up to `len` bytes from `position` on are, in the whole chain.
+    pub async fn look_up(&self, position: u64, len: u64) -> io::Result<(Found, u64)> {
+        let (mapping, span) = self.look_up_top(position, len).await?;
         match mapping {
             Mapping::Zero => Ok((Found::Zero, span)),
             Mapping::Data(offset) => Ok((Found::Data(TOP, offset), span)),

@@ -152,6 +152,9 @@ impl Engine {
         }
         clusters.sort_unstable();
         let _baton = self.allocating.only().await;
+        if locked(&self.tables).kept.is_some() {
+            return self.unreference_shared(clusters).await;
+        }
         let mut runs: Vec<Run> = Vec::new();
         for offset in clusters {
             let cluster = offset >> self.layout.cluster_bits;

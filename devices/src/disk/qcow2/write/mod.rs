@@ -10,6 +10,8 @@
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   leaks ──── what a killed process left behind
 //!   populate ─ what is below comes into the image, which then needs it no more
+//!   take ───── what is in the image is given out; emptying it
+//!   keep ───── writing an image that is read as a backing file at the same time
 //!   zero ───── discards and other zeroes
 //!   cluster, refcounts, extents, pages ── pure
 //! ```
@@ -26,6 +28,7 @@ mod extents;
 mod flush;
 mod grow;
 mod io;
+mod keep;
 mod leaks;
 mod lock;
 mod open;
@@ -34,6 +37,7 @@ mod populate;
 mod queue;
 mod refcounts;
 mod request;
+mod take;
 #[cfg(test)]
 mod tests;
 mod zero;

@@ -20,6 +20,7 @@ use super::control::Control;
 use super::engine::{Engine, Tables};
 use super::extents::{Extents, Run};
 use super::io::{Backend, HostFile, Io, OPERATIONS};
+use super::keep::Kept;
 use super::leaks::{MAX_CLUSTERS, MAX_TABLES, Marks, SnapshotTables};
 use super::lock::RangeLock;
 use super::pages::Pages;
@@ -101,6 +102,7 @@ impl Writable {
             barrier: false,
             unlinked: Vec::new(),
             marks: None,
+            kept: None,
             lost: None,
             autoclear: writing.autoclear != 0,
             no_allocate: false,
@@ -133,6 +135,22 @@ impl Writable {
             tables,
             chain,
         })
+    }
+
+    /// Somebody reads the image as a backing file meanwhile; see [`super::keep`].
+    pub fn beside_reader(mut self) -> Self {
+        self.tables.kept = Some(Kept::of(&self.tables.l1));
+        self.tables.marks = None;
+        self
+    }
+
+    /// Leaks are to be searched for, though it was closed cleanly.
+    pub fn search_leaks(mut self, header: &Header) -> Self {
+        if may_have_leaks(&self.tables, &self.layout, header, true) {
+            let end = self.tables.end >> self.layout.cluster_bits;
+            self.tables.marks = Some(Marks::new(end));
+        }
+        self
     }
 
     /// What the image keeps of it when the queue is open.

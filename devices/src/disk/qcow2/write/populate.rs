@@ -49,6 +49,11 @@ impl Engine {
                 self.detach(size_bytes).await?;
                 Ok(Reached::default())
             }
+            Step::Take(from, end) => self.take(from, end).await,
+            Step::Empty => {
+                self.empty().await?;
+                Ok(Reached::default())
+            }
         }
     }
 
@@ -117,6 +122,7 @@ impl Engine {
             position: stop,
             read: len,
             copied,
+            ..Reached::default()
         })
     }
 

@@ -305,9 +305,12 @@ impl Queue for WriteQueue {
         self.spawn(
             Some(tag),
             Box::pin(async move {
+                let change = engine.control.dirty.change(operation, offset, length);
                 let result = engine
                     .execute(operation, offset, length, &mut buffers)
                     .await;
+                // Before anybody is told.
+                drop(change);
                 (result, buffers)
             }),
         );

@@ -1,0 +1,278 @@
+//! A commit: what it has the queue of the disk do, what it writes itself, and its end.
+//!
+//! ```text
+//!   thread   grow the base ─► all of the image ─► what was changed meanwhile, round by round ─┐
+//!                                  ┌──────────── ready ◄──── little is left ◄─────────────────┘
+//!   VMM      freeze ─► thread: the rest, flush, close ─► open the base ─► stage ─► empty the image
+//!            ─► exchange
+//! ```
+//!
+//! Until the image is emptied it hides all that has come into the base, so the job can end, or the
+//! process be killed, or the host lose its power, at any moment. When it is emptied the base has
+//! everything, durably.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::thread::{End, Told, Work};
+use super::{ConcludeError, Job, JobStatus};
+use crate::block::frozen::{Frozen, ask, gone};
+use crate::block::{Block, ImageType, Opened};
+use crate::config::{BuildError, Invalid};
+use crate::disk::blocking::Blocking;
+use crate::disk::dirty::Tracking;
+use crate::disk::exchange::Exchange;
+use crate::disk::steps::{Reply, Step, Taken};
+use crate::disk::{BackingInfo, Format, Image};
+use crate::worker::{Order, Worker};
+
+/// So little that the guest can wait until it is copied.
+const LITTLE: u64 = 16 << 20;
+/// So many rounds at most until so little is left: the guest may write faster than it is copied.
+const ROUNDS: u32 = 1000;
+/// Bytes that are taken out of what has changed at a time.
+const RANGE: u64 = 16 << 20;
+/// How often it is looked what has changed while the end is waited for.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long a guest waits for the end.
+const LAST_COPY: Duration = Duration::from_secs(30);
+/// How long a guest waits for the image to be emptied.
+const EMPTYING: Duration = Duration::from_secs(10);
+
+/// What the thread has for it.
+pub struct Base {
+    /// Used on the thread; the image is closed on the VMM thread.
+    disk: Blocking,
+    /// Knows what was changed on the disk.
+    tracking: Tracking,
+    path: PathBuf,
+}
+
+impl Base {
+    /// Of an image that is open for it.
+    pub fn new(disk: Blocking, tracking: Tracking, path: PathBuf) -> Self {
+        Self {
+            disk,
+            tracking,
+            path,
+        }
+    }
+
+    /// What using it calls, and making a raw image larger.
+    pub fn syscalls(&self) -> [&'static [crate::sandbox::Allow]; 2] {
+        [self.disk.syscalls(), super::GROW_SYSCALLS]
+    }
+
+    fn failed(&self, error: impl std::fmt::Display) -> End {
+        End::Failed(format!("writing {}: {error}", self.path.display()))
+    }
+}
+
+impl Work {
+    /// From the beginning to the end; calls `wake` when it is ready. Ends well only when the disk
+    /// stands still and the base has everything.
+    pub(super) fn commit(&mut self, mut base: Base, wake: &dyn Fn()) -> Result<(), End> {
+        let total = self.shared.total_bytes;
+        if base.disk.size_bytes() < total {
+            let grown = base.disk.grow(total);
+            grown.map_err(|error| base.failed(error))?;
+        }
+        let mut position = 0;
+        while position < total {
+            position = self.copy(&mut base, position, total)?;
+            let done = &self.shared.done_bytes;
+            done.store(position.min(total), Ordering::SeqCst);
+        }
+        self.flush(&mut base)?;
+        self.catch_up(&mut base)?;
+        *self.shared.status() = JobStatus::Ready;
+        wake();
+        loop {
+            if let Some(reply) = self.finish.take() {
+                let result = self.copy_changed(&mut base).and_then(|()| {
+                    // Twice: the first lets go of what the second records.
+                    self.flush(&mut base)?;
+                    self.flush(&mut base)
+                });
+                drop(base);
+                let told = result.as_ref().map(|()| ()).map_err(|end| end.to_string());
+                // Nobody may be waiting any more.
+                let _ = reply.send(told);
+                return result;
+            }
+            self.wait(LOOK)?;
+            if self.finish.is_none() && base.tracking.bytes() > LITTLE {
+                self.copy_changed(&mut base)?;
+                self.flush(&mut base)?;
+            }
+        }
+    }
+
+    /// Copies what has changed, until little is left.
+    fn catch_up(&mut self, base: &mut Base) -> Result<(), End> {
+        for _ in 0..ROUNDS {
+            if base.tracking.bytes() <= LITTLE {
+                return Ok(());
+            }
+            self.copy_changed(base)?;
+            self.flush(base)?;
+        }
+        Err(End::Failed(format!(
+            "the disk is written to faster than it is copied: after {ROUNDS} rounds {} bytes are \
+             left",
+            base.tracking.bytes()
+        )))
+    }
+
+    /// Copies once what has changed.
+    fn copy_changed(&mut self, base: &mut Base) -> Result<(), End> {
+        let mut from = 0;
+        while let Some((start, end)) = base.tracking.take(from, RANGE) {
+            let mut position = start;
+            while position < end {
+                position = self.copy(base, position, end)?;
+            }
+            from = end;
+        }
+        Ok(())
+    }
+
+    /// Copies some of what is in the image at `from`, or behind it up to `end`; how far.
+    fn copy(&mut self, base: &mut Base, from: u64, end: u64) -> Result<u64, End> {
+        let reached = self.step(Step::Take(from, end))?;
+        if reached.position <= from {
+            return Err(End::Failed(format!("it does not get beyond byte {from}")));
+        }
+        let written = match &reached.taken {
+            Taken::Nothing => Ok(()),
+            Taken::Zeroes(start) => {
+                let len = reached.position.saturating_sub(*start);
+                base.disk.write_zeroes(*start, len, true, false)
+            }
+            Taken::Data(start, memory, len) => {
+                let bytes = memory.bytes().get(..*len).unwrap_or(&[]);
+                let copied = &self.shared.copied_bytes;
+                copied.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+                base.disk.write(*start, bytes, false)
+            }
+        };
+        written.map_err(|error| base.failed(error))?;
+        self.keep_to_speed(reached.read)?;
+        Ok(reached.position)
+    }
+
+    fn flush(&mut self, base: &mut Base) -> Result<(), End> {
+        self.check()?;
+        base.disk.flush().map_err(|error| base.failed(error))
+    }
+}
+
+impl Job {
+    /// Has the disk, whose queue stands still when `freeze` has been called, go on with the base.
+    pub(super) fn move_down(&mut self, block: &Block, go_on: bool) -> Result<(), ConcludeError> {
+        let not_moved = ConcludeError::NotMoved;
+        let refuse = |reason| Err(not_moved(Invalid::new("id", reason).into()));
+        let Some(old_base) = &self.base else {
+            return refuse("the job has no base");
+        };
+        let [worker] = &block.workers[..] else {
+            return refuse("not supported yet: a disk with more than one queue");
+        };
+        let old = block.opened().image.clone();
+        let info = old_base.info.clone();
+        let image: Box<dyn Image>;
+        {
+            let frozen = Frozen::freeze(vec![worker], go_on).map_err(|e| e.of_commit())?;
+            self.finish()?;
+            image = old_base.image.reopen_base().map_err(not_moved)?;
+            if image.size_bytes() != old.size_bytes() {
+                return refuse("the base has another size than the disk");
+            }
+            let failed = |e| not_moved(BuildError::host("opening the disk's base", e));
+            let queue = image
+                .open_queue_with(block.engine_depth(), Some(&block.threads))
+                .map_err(failed)?;
+            ask(worker, |reply| Exchange::Stage(queue, reply))
+                .recv()
+                .unwrap_or_else(|_| Err(gone()))
+                .map_err(failed)?;
+            // Nothing fails any more: the base has everything, whatever becomes of the image.
+            if let Err(error) = self.empty(worker) {
+                let path = block.opened().config.path.clone();
+                let path = path.display();
+                tracing::warn!(%error, "{path} was committed, and could not be emptied");
+            }
+            old.hand_over();
+            // A worker that is gone has closed its engine.
+            let _ = ask(worker, Exchange::Commit).recv();
+            drop(frozen);
+        }
+        block.hold.set_file(image.host_file());
+        let mut config = block.opened().config.clone();
+        config.path = info.path;
+        config.image_type = match info.format {
+            Format::Raw => ImageType::Raw,
+            Format::Qcow2 => ImageType::Qcow2,
+        };
+        // Derived from the image's file otherwise: the guest shall know the disk again.
+        config.serial.get_or_insert_with(|| old.serial());
+        *block.opened() = Opened {
+            config,
+            image: image.into(),
+        };
+        Ok(())
+    }
+
+    /// Has the thread copy the rest, and close the base.
+    fn finish(&self) -> Result<(), ConcludeError> {
+        let not_moved = |error: std::io::Error| {
+            ConcludeError::NotMoved(BuildError::host("copying the rest of it", error))
+        };
+        let (reply, answer) = channel();
+        let told = self.told.send(Told::Finish(reply));
+        told.map_err(|_| not_moved(std::io::Error::other("the job's thread is gone")))?;
+        match answer.recv_timeout(LAST_COPY) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(reason)) => Err(not_moved(std::io::Error::other(reason))),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(not_moved(std::io::Error::other("the job's thread is gone")))
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                self.cancel();
+                Err(not_moved(std::io::ErrorKind::TimedOut.into()))
+            }
+        }
+    }
+
+    /// Empties the image, whose queue stands still.
+    fn empty(&self, worker: &Worker) -> std::io::Result<()> {
+        let Some(base) = &self.base else {
+            return Ok(());
+        };
+        let (tell, told) = channel();
+        let reply = Reply::new(move |outcome| {
+            // Nobody may be waiting any more.
+            let _ = tell.send(outcome);
+        });
+        let number = base.steps.leave(Step::Empty, reply);
+        worker.order(Order::Attend);
+        let deadline = Instant::now() + EMPTYING;
+        match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(outcome) => outcome.map(drop),
+            Err(_) => {
+                base.steps.withdraw(number);
+                Err(std::io::ErrorKind::TimedOut.into())
+            }
+        }
+    }
+}
+
+/// What the VMM thread keeps for the end of a commit.
+pub struct Below {
+    /// Closed after the thread has ended: whoever is the last to let go unlocks its file.
+    pub image: std::sync::Arc<dyn Image>,
+    pub info: BackingInfo,
+    pub steps: std::sync::Arc<dyn crate::disk::steps::Steps>,
+}
