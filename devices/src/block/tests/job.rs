@@ -14,22 +14,22 @@ use crate::config::Invalid;
 use crate::disk::qcow2::tests::qemu;
 use crate::disk::{Format, LockGranularity, OpenOptions};
 
-const BLOCK: usize = 4096;
+pub(super) const BLOCK: usize = 4096;
 /// For what must come at some time, or the test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
-const PLAIN: Setup = Setup {
+pub(super) const PLAIN: Setup = Setup {
     direct: false,
     sync: false,
     event_idx: true,
 };
 
 /// Every combination of engine and cache mode.
-fn engines() -> impl Iterator<Item = Setup> {
+pub(super) fn engines() -> impl Iterator<Item = Setup> {
     setups().filter(|setup| setup.event_idx == setup.direct)
 }
 
-fn can_write(format: Format, path: &Path) -> bool {
+pub(super) fn can_write(format: Format, path: &Path) -> bool {
     let options = OpenOptions {
         path: path.into(),
         readonly: false,
@@ -55,11 +55,11 @@ fn images(folder: &Path, options: &str) -> (PathBuf, PathBuf) {
     (base, path)
 }
 
-fn over() -> serde_json::Value {
+pub(super) fn over() -> serde_json::Value {
     serde_json::json!({"image_type": "Qcow2", "backing_files": true})
 }
 
-fn speed(bytes: u64) -> Option<NonZeroU64> {
+pub(super) fn speed(bytes: u64) -> Option<NonZeroU64> {
     NonZeroU64::new(bytes)
 }
 
@@ -81,13 +81,13 @@ fn refused(block: &Block) -> Invalid {
     }
 }
 
-fn bytes_of(number: u64) -> Vec<u8> {
+pub(super) fn bytes_of(number: u64) -> Vec<u8> {
     let word = (number | 1 << 63).to_le_bytes();
     word.iter().copied().cycle().take(BLOCK).collect()
 }
 
 /// All of the disk as the guest reads it.
-fn content(disk: &mut Disk) -> Vec<u8> {
+pub(super) fn content(disk: &mut Disk) -> Vec<u8> {
     let pieces = (0..SIZE).step_by(1 << 20).map(|at| {
         let (status, bytes) = disk.read(at / 512, 1 << 20);
         assert_eq!(status, OK, "{at}");
@@ -96,7 +96,7 @@ fn content(disk: &mut Disk) -> Vec<u8> {
     pieces.collect::<Vec<_>>().concat()
 }
 
-fn check(path: &Path) {
+pub(super) fn check(path: &Path) {
     qemu::img(&format!("check -q -f qcow2 {}", path.display()));
 }
 
@@ -168,7 +168,7 @@ fn a_disk_in_use_comes_to_stand_alone_and_what_was_below_it_is_free() {
     }
 }
 
-fn write_block(driver: &mut Driver, block: u64, stamp: u64) {
+pub(super) fn write_block(driver: &mut Driver, block: u64, stamp: u64) {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&1_u32.to_le_bytes());
     header[8..].copy_from_slice(&(block * 8).to_le_bytes());

@@ -1,6 +1,7 @@
 //! A disk over an in-memory guest, its threads inside their real filters: a forbidden system call
 //! ends the test process.
 
+mod commit;
 pub(crate) mod driver;
 mod enospc;
 mod faults;
