@@ -19,7 +19,7 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     let answer = match operation {
         "vm.info" | "vm.counters" | "vm.balloons" | "vm.balloon-stats" | "vm.overcommit"
         | "vm.jobs" => client.get(operation),
-        "vm.stream-disk" => client.put(operation, r#"{"id":"_disk7"}"#),
+        "vm.stream-disk" | "vm.commit-disk" => client.put(operation, r#"{"id":"_disk7"}"#),
         "vm.set-job" | "vm.cancel-job" => client.put(operation, r#"{"id":"job7"}"#),
         "vm.disk-info" => client.get("vm.disk-info?id=_disk7"),
         "vm.resize-disk" => client.put(operation, r#"{"id":"_disk7","desired_size":512}"#),
@@ -40,8 +40,9 @@ fn status(client: &mut Client, operation: &str) -> u16 {
     answer.status
 }
 
-const OPERATIONS: [&str; 27] = [
+const OPERATIONS: [&str; 28] = [
     "vm.stream-disk",
+    "vm.commit-disk",
     "vm.jobs",
     "vm.set-job",
     "vm.cancel-job",
@@ -121,7 +122,9 @@ fn a_verb_that_does_not_fit_the_state_is_409() {
                 "vm.balloons" if state != State::Created => 200,
                 "vm.balloon-stats" if state == State::Running => 200,
                 "vm.remove-device" | "vm.set-job" | "vm.cancel-job" => 404,
-                "vm.disk-info" | "vm.stream-disk" if state != State::Created => 404,
+                "vm.disk-info" | "vm.stream-disk" | "vm.commit-disk" if state != State::Created => {
+                    404
+                }
                 "vm.resize-disk" | "vm.resume-disk" | "vm.snapshot-disk"
                     if state != State::Created =>
                 {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use ballast_api::routes;
 use ballast_api::server::{self, Limits};
 use devices::balloon::GuestStatistics;
+use devices::block::job::JobKind;
 use devices::config::DeviceConfig;
 use vmm::Error;
 use vmm::command::{Command, Endpoint, Message, channel};
@@ -128,7 +129,13 @@ impl FakeVmm {
                 answer!(reply, check(Verb::SnapshotDisk, state))
             }
             Command::BeginJob { order, reply } => {
-                let job = check(Verb::BeginJob, state);
+                let job = check(
+                    match order.kind {
+                        JobKind::Stream => Verb::StreamDisk,
+                        JobKind::Commit => Verb::CommitDisk,
+                    },
+                    state,
+                );
                 answer!(reply, job.and(Err(Error::UnknownDevice { id: order.disk })))
             }
             Command::Jobs { reply } => {

@@ -52,7 +52,7 @@ pub const OPENAPI_3_0: &str = include_str!("../../openapi/ballast-3.0.json");
         vm::resize, vm::set_overcommit,
         devices::add_disk, devices::create_disk, devices::remove,
         disks::resize, disks::resume, disks::snapshot, disks::info,
-        jobs::stream, jobs::list, jobs::set, jobs::cancel,
+        jobs::stream, jobs::commit, jobs::list, jobs::set, jobs::cancel,
         balloons::add, balloons::resize, balloons::list, balloons::stats,
         observe::overcommit, observe::metrics,
         events::stream, documents::openapi,

@@ -14,6 +14,7 @@ mod bad_files;
 mod bad_images;
 mod bad_limits;
 mod bad_requests;
+mod commit_disk;
 mod cpu;
 mod create_disk;
 mod dirty_disk;
@@ -29,6 +30,7 @@ mod overcommit;
 mod snapshot_disk;
 mod states;
 mod stream_disk;
+mod thin;
 
 use serde_json::Value;
 use support::ballast::Ballast;

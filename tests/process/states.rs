@@ -21,7 +21,7 @@ use State::{Created, None, Paused, Running};
 const STATES: [State; 4] = [None, Created, Running, Paused];
 
 /// Status of each request by state: no VM, Created, Running, Paused.
-const TABLE: [(&str, &str, [u16; 4]); 30] = [
+const TABLE: [(&str, &str, [u16; 4]); 31] = [
     ("GET", "vmm.ping", [200, 200, 200, 200]),
     ("GET", "vm.info", [404, 200, 200, 200]),
     ("GET", "openapi.json", [200, 200, 200, 200]),
@@ -42,8 +42,9 @@ const TABLE: [(&str, &str, [u16; 4]); 30] = [
     ("PUT", "vm.resume-disk", [404, 409, 204, 204]),
     // What is there by then is never replaced.
     ("PUT", "vm.snapshot-disk", [404, 409, 204, 400]),
-    // What is on nothing has nothing to take in.
+    // What is on nothing has nothing to take in, nor anything to come into.
     ("PUT", "vm.stream-disk", [404, 409, 400, 400]),
+    ("PUT", "vm.commit-disk", [404, 409, 400, 400]),
     ("GET", "vm.jobs", [404, 200, 200, 200]),
     ("PUT", "vm.set-job", [404, 404, 404, 404]),
     ("PUT", "vm.cancel-job", [404, 404, 404, 404]),
@@ -93,7 +94,7 @@ fn send(ballast: &Ballast, client: &mut Client, method: &str, path: &str) -> Res
             let path = ballast.path("overlay");
             Some(json!({"disks": [{"id": "there", "path": path}]}))
         }
-        "vm.stream-disk" => Some(json!({"id": "there"})),
+        "vm.stream-disk" | "vm.commit-disk" => Some(json!({"id": "there"})),
         "vm.set-job" | "vm.cancel-job" => Some(json!({"id": "job0"})),
         "vm.remove-device" => Some(json!({"id": "there"})),
         _ => Option::None,

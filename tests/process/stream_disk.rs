@@ -1,170 +1,17 @@
 //! `vm.stream-disk` and the jobs: disks that come to stand alone, over the API of a real process.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::before;
-use crate::support::artifacts::{empty_image, filled_image};
+use super::thin::{CHUNKS, MIB, SIZE, SLOW, Thin, check, check_for, open_files, qemu_img, whole};
+use crate::support::artifacts::empty_image;
 use crate::support::ballast::{Ballast, binary};
-use crate::support::events::{Events, Mark};
-use crate::support::eventually;
-use crate::support::http::Client;
-use crate::support::payload::{WRITER_CHUNK, WRITER_SLOT, disk_writer, writer_chunk};
-
-const MIB: u64 = 1 << 20;
-const SIZE: u64 = 16 * MIB;
-/// What the guest writes at the beginning of its disk.
-const CHUNKS: usize = 24;
-/// Bytes a second, so few that a job never comes to its end in a test.
-const SLOW: u64 = 64 << 10;
-
-/// A VM whose guest has written to the disk `thin`, an overlay on an image of which each block is
-/// something else.
-struct Thin {
-    ballast: Ballast,
-    client: Client,
-    events: Events,
-    base: PathBuf,
-    overlay: PathBuf,
-    /// What is in the disk.
-    content: Vec<u8>,
-}
-
-impl Thin {
-    fn boot() -> Self {
-        Self::boot_on(|_, base| base)
-    }
-
-    /// With images between the overlay and the last one.
-    fn boot_on(between: impl FnOnce(&Path, PathBuf) -> PathBuf) -> Self {
-        let ballast = Ballast::start();
-        let (mut client, events) = (ballast.api(), ballast.events());
-        let base = filled_image(ballast.dir(), "base.raw", SIZE);
-        let below = between(ballast.dir(), base.clone());
-        let mut content = whole(&below);
-        for chunk in 0..CHUNKS {
-            content[chunk * WRITER_CHUNK..][..WRITER_CHUNK].copy_from_slice(&writer_chunk(chunk));
-        }
-        let overlay = ballast.path("overlay.qcow2");
-        let format = if below == base { "Raw" } else { "Qcow2" };
-        client.put_json(
-            "vm.create-disk",
-            &json!({
-                "path": overlay, "image_type": "Qcow2", "backing_path": below,
-                "backing_type": format,
-            }),
-        );
-        let kernel = disk_writer(ballast.dir(), CHUNKS);
-        let config = json!({
-            "memory": {"size": 64 * MIB}, "payload": {"kernel": kernel}, "disks": [{
-                "id": "thin", "path": overlay, "image_type": "Qcow2", "backing_files": true,
-                "pci_device_id": WRITER_SLOT,
-            }],
-        });
-        client.put_json("vm.create", &config);
-        client.put("vm.boot");
-        Self {
-            ballast,
-            client,
-            events,
-            base,
-            overlay,
-            content,
-        }
-    }
-
-    fn stream(&mut self, speed: Option<u64>) -> Value {
-        let body = json!({"id": "thin", "speed": speed});
-        self.client.put_json("vm.stream-disk", &body).json()
-    }
-
-    fn jobs(&mut self) -> Value {
-        self.client.get("vm.jobs")
-    }
-
-    /// Waits until the guest has written all it writes.
-    fn settle(&mut self) {
-        eventually("the guest has written", || {
-            let counters = self.client.get("vm.counters");
-            (counters["thin"]["write_ops"] == CHUNKS).then_some(())
-        });
-    }
-}
-
-/// An image's content. Waits while a process that was killed still has it.
-fn whole(image: &Path) -> Vec<u8> {
-    if image.extension().is_some_and(|e| e == "raw") {
-        return fs::read(image).unwrap();
-    }
-    let raw = image.with_extension("whole");
-    eventually("the image can be read", || {
-        let _ = fs::remove_file(&raw);
-        let done = Command::new(binary())
-            .args(["disk", "convert", "-f", "qcow2", "-O", "raw"])
-            .arg("--backing-files")
-            .args([image, &raw])
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&done.stderr).into_owned();
-        let in_use = text.contains("in use");
-        assert!(done.status.success() || in_use, "{image:?}: {text}");
-        (!in_use).then_some(())
-    });
-    fs::read(raw).unwrap()
-}
-
-/// Our own `check`, and QEMU's where there is one: nothing is wrong, nothing is lost.
-fn check(image: &Path) {
-    check_for(image, &[0]);
-}
-
-/// With these exit codes; 3 is that of leaked clusters, and of nothing worse.
-fn check_for(image: &Path, codes: &[i32]) {
-    let ours = Command::new(binary())
-        .args(["disk", "check", "-q", "-f", "qcow2"])
-        .arg(image)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&ours.stderr).into_owned();
-    let fits = |code: Option<i32>| code.is_some_and(|code| codes.contains(&code));
-    assert!(fits(ours.status.code()), "{image:?}: {ours:?} {text}");
-    let theirs = Command::new("qemu-img")
-        .args(["check", "-q", "-f", "qcow2"])
-        .arg(image)
-        .output();
-    assert!(theirs.map_or(true, |theirs| fits(theirs.status.code())));
-}
-
-/// Whether there is a qemu-img, which must then do this.
-fn qemu_img(arguments: &[&str], images: &[&Path]) -> bool {
-    match Command::new("qemu-img")
-        .args(arguments)
-        .args(images)
-        .output()
-    {
-        Ok(done) => {
-            let text = String::from_utf8_lossy(&done.stderr).into_owned();
-            assert!(done.status.success(), "{arguments:?} {images:?}: {text}");
-            true
-        }
-        Err(_) => {
-            eprintln!("SKIPPED: there is no qemu-img for {arguments:?}");
-            false
-        }
-    }
-}
-
-/// Files that the process has open.
-fn open_files(ballast: &Ballast) -> Vec<PathBuf> {
-    let folder = fs::read_dir(format!("/proc/{}/fd", ballast.pid())).unwrap();
-    folder
-        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
-        .collect()
-}
+use crate::support::events::Mark;
+use crate::support::payload::WRITER_CHUNK;
 
 #[test]
 fn a_disk_in_use_comes_to_stand_alone_and_lets_go_of_what_was_below() {

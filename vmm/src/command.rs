@@ -90,7 +90,7 @@ pub enum Command {
         disks: Vec<DiskSnapshot>,
         reply: Reply<()>,
     },
-    /// `vm.stream-disk`: begin a job on a disk.
+    /// `vm.stream-disk`, `vm.commit-disk`: begin a job on a disk.
     BeginJob {
         order: NewJob,
         reply: Reply<JobInfo>,

@@ -10,18 +10,23 @@
 //! ```
 //!
 //! The work is done by [`devices::block::job`]; here are the numbers that jobs go by, what is told
-//! of them, and their ends. Everything is called on the VMM thread. A job is gone with the machine,
-//! what is known of it with the VM.
+//! of them, and their ends; one job's own part is in [`live`]. Everything is called on the VMM
+//! thread. A job is gone with the machine, what is known of it with the VM.
+//!
+//! What ends when it is looked at may have changed the disk's configuration (a commit): the end is
+//! told ([`Ended::tell`]) when that has been published.
+
+mod live;
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use devices::block::job::{ConcludeError, Job, JobKind, JobStatus, JobView};
+use devices::block::job::{JobKind, JobStatus};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::command::Message;
+use self::live::Live;
 use crate::device_manager::DeviceManager;
 use crate::error::Error;
 use crate::event::Events;
@@ -29,13 +34,6 @@ use crate::vm::Environment;
 
 /// How many that have ended are still shown.
 const KEPT: usize = 16;
-/// The least time between two events on how far a job has come.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// Before the end of a job is tried again, because the disk could not write out in time …
-const RETRY_INTERVAL: Duration = Duration::from_secs(10);
-/// … which is done so often.
-const ATTEMPTS: u32 = 5;
-
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -101,23 +99,6 @@ pub struct Jobs {
     ended: VecDeque<JobInfo>,
 }
 
-/// One that has not ended.
-struct Live {
-    id: String,
-    order: NewJob,
-    events: Events,
-    /// `None` between two machines.
-    job: Option<Job>,
-    /// As it was seen last.
-    seen: JobView,
-    /// What was told of it last, and when.
-    told: (u64, Instant),
-    /// When its end is to be tried again, and how often it was tried.
-    retry: (Option<Instant>, u32),
-    /// It was told to end, and is not to begin again on another machine.
-    cancelled: bool,
-}
-
 impl Jobs {
     /// Begins one. The disk must have none yet.
     pub fn begin(
@@ -127,20 +108,11 @@ impl Jobs {
         environment: &Environment,
     ) -> Result<JobInfo, Error> {
         self.check_free(&order.disk)?;
-        let job = start(&order, devices, environment)?;
-        let live = Live {
-            id: format!("job{}", self.next_number),
-            events: environment.events.clone(),
-            seen: job.view(),
-            job: Some(job),
-            told: (0, Instant::now()),
-            retry: (None, 0),
-            cancelled: false,
-            order,
-        };
+        let id = format!("job{}", self.next_number);
+        let live = Live::begin(id, order, devices, environment)?;
         self.next_number = self.next_number.wrapping_add(1);
         let info = live.info();
-        tell(&live.events, "job-started", &info);
+        live::tell(&live.events, "job-started", &info);
         self.live.push(live);
         Ok(info)
     }
@@ -159,13 +131,7 @@ impl Jobs {
 
     /// All that are known: those that have not ended, then the last that have.
     pub fn list(&self) -> Vec<JobInfo> {
-        let live = self.live.iter().map(|live| {
-            let mut info = live.info();
-            if let Some(job) = &live.job {
-                live.fill_in(&mut info, &job.view());
-            }
-            info
-        });
+        let live = self.live.iter().map(Live::current);
         live.chain(self.ended.iter().cloned()).collect()
     }
 
@@ -180,11 +146,7 @@ impl Jobs {
     pub fn set_speed(&mut self, id: &str, speed: Option<NonZeroU64>) -> Result<(), Error> {
         self.find(id)?;
         for live in self.live.iter_mut().filter(|live| live.id == id) {
-            live.order.speed = speed;
-            if let Some(job) = &live.job {
-                job.set_speed(speed);
-                live.seen = job.view();
-            }
+            live.set_speed(speed);
         }
         Ok(())
     }
@@ -206,40 +168,37 @@ impl Jobs {
 
     fn cancel_those(&mut self, which: impl Fn(&Live) -> bool) {
         for live in self.live.iter_mut().filter(|live| which(live)) {
-            live.cancelled = true;
-            live.job.iter().for_each(Job::cancel);
+            live.cancel();
         }
     }
 
     /// When [`Jobs::look`] next has something to do, if no job tells earlier.
     pub fn next_look(&self) -> Option<Instant> {
-        let next = |live: &Live| {
-            let (retry, _) = live.retry;
-            retry.unwrap_or(live.told.1 + PROGRESS_INTERVAL)
-        };
-        self.live.iter().map(next).min()
+        self.live.iter().map(Live::next_look).min()
     }
 
-    /// Concludes those whose work is done, tells of those that have ended, and how far the others
-    /// have come; `go_on` unless the VM is paused.
-    pub fn look(&mut self, devices: &DeviceManager, go_on: bool, now: Instant) {
+    /// Concludes those whose work is done, tells how far the others have come, and says which have
+    /// ended; `go_on` unless the VM is paused.
+    pub fn look(&mut self, devices: &DeviceManager, go_on: bool, now: Instant) -> Vec<Ended> {
         let mut ended = Vec::new();
         self.live
             .retain_mut(|live| match live.look(devices, go_on, now) {
                 Some(info) => {
-                    ended.push((live.events.clone(), info));
+                    let events = live.events.clone();
+                    ended.push(Ended { events, info });
                     false
                 }
                 None => true,
             });
-        for (events, info) in ended {
-            self.keep(&events, info);
+        for one in &ended {
+            self.remember(one.info.clone());
         }
+        ended
     }
 
     /// The machine is to be switched off: all end but those that wait for the next one.
     pub fn end_unless_suspended(&mut self) {
-        self.end_those(|live| live.job.is_some());
+        self.end_those(|live| live.has_machine());
     }
 
     /// The jobs on these disks end.
@@ -278,12 +237,8 @@ impl Jobs {
     /// There is the other machine. A job finds what it has done already, and does not do it again.
     pub fn begin_again(&mut self, devices: &DeviceManager, environment: &Environment) {
         for mut live in std::mem::take(&mut self.live) {
-            match start(&live.order, devices, environment) {
-                Ok(job) => {
-                    live.seen = job.view();
-                    live.job = Some(job);
-                    self.live.push(live);
-                }
+            match live.begin_again(devices, environment) {
+                Ok(()) => self.live.push(live),
                 Err(error) => {
                     // A disk whose removal the reset has completed is no failure.
                     let status = match error {
@@ -299,124 +254,38 @@ impl Jobs {
 
     /// Tells that one has ended, and remembers it.
     fn keep(&mut self, events: &Events, info: JobInfo) {
-        let event = match info.state {
-            JobState::Running | JobState::Completed => "job-completed",
-            JobState::Failed => "job-failed",
-            JobState::Cancelled => "job-cancelled",
-        };
-        tell(events, event, &info);
+        let events = events.clone();
+        self.remember(info.clone());
+        Ended { events, info }.tell();
+    }
+
+    fn remember(&mut self, info: JobInfo) {
         self.ended.push_front(info);
         self.ended.truncate(KEPT);
     }
 }
 
-/// Begins the work.
-fn start(order: &NewJob, devices: &DeviceManager, environment: &Environment) -> Result<Job, Error> {
-    let block = devices.disk(&order.disk)?;
-    let inbox = environment.inbox.clone();
-    let wake = Box::new(move || {
-        // The VMM thread outlives its machines, and these their jobs.
-        let _ = inbox.send(Message::Job);
-    });
-    Ok(block.begin_job(order.kind, order.speed, wake)?)
+/// A job that has ended, and is to be told of.
+#[must_use]
+pub struct Ended {
+    events: Events,
+    info: JobInfo,
 }
 
-impl Live {
-    fn info(&self) -> JobInfo {
-        let mut info = JobInfo {
-            id: self.id.clone(),
-            disk: self.order.disk.clone(),
-            kind: self.order.kind,
-            state: JobState::Running,
-            done_bytes: 0,
-            total_bytes: 0,
-            copied_bytes: 0,
-            speed: None,
-            reason: None,
+impl Ended {
+    /// The disk that has another image since.
+    pub fn moved(&self) -> Option<&str> {
+        let completed = self.info.state == JobState::Completed;
+        (completed && self.info.kind == JobKind::Commit).then_some(&self.info.disk)
+    }
+
+    /// Tells of it.
+    pub fn tell(self) {
+        let event = match self.info.state {
+            JobState::Running | JobState::Completed => "job-completed",
+            JobState::Failed => "job-failed",
+            JobState::Cancelled => "job-cancelled",
         };
-        self.fill_in(&mut info, &self.seen);
-        info
+        live::tell(&self.events, event, &self.info);
     }
-
-    fn fill_in(&self, info: &mut JobInfo, view: &JobView) {
-        info.done_bytes = view.done_bytes;
-        info.total_bytes = view.total_bytes;
-        info.copied_bytes = view.copied_bytes;
-        info.speed = self.order.speed.map(NonZeroU64::get);
-    }
-
-    /// As it is to be shown from now on.
-    fn ended_as(&self, status: JobStatus) -> JobInfo {
-        let mut info = self.info();
-        (info.state, info.reason) = match status {
-            JobStatus::Ready => (JobState::Completed, None),
-            JobStatus::Failed(reason) => (JobState::Failed, Some(reason)),
-            JobStatus::Running | JobStatus::Cancelled => (JobState::Cancelled, None),
-        };
-        info
-    }
-
-    /// Has its thread end, and says how it did. What is ready needs no conclusion where the
-    /// machine goes: that only closes what the machine has open.
-    fn stop(&mut self) -> JobStatus {
-        match self.job.take() {
-            Some(job) => {
-                self.seen = job.end();
-                self.seen.status.clone()
-            }
-            None => JobStatus::Cancelled,
-        }
-    }
-
-    /// What has become of it, if it has ended.
-    fn look(&mut self, devices: &DeviceManager, go_on: bool, now: Instant) -> Option<JobInfo> {
-        let job = self.job.as_mut()?;
-        self.seen = job.view();
-        let status = self.seen.status.clone();
-        if status == JobStatus::Running {
-            if now >= self.told.1 + PROGRESS_INTERVAL {
-                let before = std::mem::replace(&mut self.told, (self.seen.done_bytes, now));
-                if before.0 != self.seen.done_bytes {
-                    tell(&self.events, "job-progress", &self.info());
-                }
-            }
-            return None;
-        }
-        if status != JobStatus::Ready {
-            return Some(self.ended_as(status));
-        }
-        let (retry, attempts) = self.retry;
-        if retry.is_some_and(|at| now < at) {
-            return None;
-        }
-        let concluded = match devices.disk(&self.order.disk) {
-            Ok(block) => job.conclude(block, go_on),
-            // Its job went with it.
-            Err(_) => return Some(self.ended_as(JobStatus::Cancelled)),
-        };
-        match concluded {
-            Ok(()) => Some(self.ended_as(JobStatus::Ready)),
-            Err(ConcludeError::Timeout) if attempts + 1 < ATTEMPTS => {
-                self.retry = (Some(Instant::now() + RETRY_INTERVAL), attempts + 1);
-                None
-            }
-            Err(error) => Some(self.ended_as(JobStatus::Failed(error.to_string()))),
-        }
-    }
-}
-
-/// Tells of a job.
-fn tell(events: &Events, event: &'static str, job: &JobInfo) {
-    let [done, total, copied] =
-        [job.done_bytes, job.total_bytes, job.copied_bytes].map(|bytes| bytes.to_string());
-    let mut properties = vec![
-        ("job", job.id.as_str()),
-        ("id", &job.disk),
-        ("kind", job.kind.name()),
-        ("done_bytes", &done),
-        ("total_bytes", &total),
-        ("copied_bytes", &copied),
-    ];
-    properties.extend(job.reason.as_deref().map(|reason| ("reason", reason)));
-    events.emit("virtio-device", event, &properties);
 }

@@ -62,7 +62,8 @@ pub enum Verb {
     ResizeDisk,
     ResumeDisk,
     SnapshotDisk,
-    BeginJob,
+    StreamDisk,
+    CommitDisk,
     Jobs,
     SetJob,
     CancelJob,
@@ -92,7 +93,8 @@ impl Verb {
             Self::ResizeDisk => "vm.resize-disk",
             Self::ResumeDisk => "vm.resume-disk",
             Self::SnapshotDisk => "vm.snapshot-disk",
-            Self::BeginJob => "vm.stream-disk",
+            Self::StreamDisk => "vm.stream-disk",
+            Self::CommitDisk => "vm.commit-disk",
             Self::Jobs => "vm.jobs",
             Self::SetJob => "vm.set-job",
             Self::CancelJob => "vm.cancel-job",
@@ -105,9 +107,9 @@ impl Verb {
 pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
     use State::{Created, Paused, Running};
     use Verb::{
-        AddDevice, BalloonStats, Balloons, BeginJob, Boot, CancelJob, Counters, Create, DiskInfo,
+        AddDevice, BalloonStats, Balloons, Boot, CancelJob, CommitDisk, Counters, Create, DiskInfo,
         Jobs, Nmi, Pause, PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon, ResizeDisk,
-        Resume, ResumeDisk, SetJob, SetOvercommit, Shutdown, SnapshotDisk,
+        Resume, ResumeDisk, SetJob, SetOvercommit, Shutdown, SnapshotDisk, StreamDisk,
     };
     let state = match (verb, state) {
         (Create, None) => return Ok(()),
@@ -119,7 +121,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
         Create => false,
         Boot => state == Created,
         Shutdown | Reboot | Counters | Balloons | ResizeDisk | ResumeDisk | SnapshotDisk
-        | BeginJob | DiskInfo => state != Created,
+        | StreamDisk | CommitDisk | DiskInfo => state != Created,
         Pause | PowerButton | Nmi | BalloonStats => state == Running,
         Resume => state == Paused,
         AddDevice | RemoveDevice | Resize | ResizeBalloon | SetOvercommit | Jobs | SetJob
@@ -141,7 +143,7 @@ pub fn check(verb: Verb, state: Option<State>) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    const VERBS: [Verb; 24] = [
+    const VERBS: [Verb; 25] = [
         Verb::Create,
         Verb::Boot,
         Verb::Shutdown,
@@ -161,7 +163,8 @@ mod tests {
         Verb::ResizeDisk,
         Verb::ResumeDisk,
         Verb::SnapshotDisk,
-        Verb::BeginJob,
+        Verb::StreamDisk,
+        Verb::CommitDisk,
         Verb::Jobs,
         Verb::SetJob,
         Verb::CancelJob,
@@ -178,9 +181,10 @@ mod tests {
     #[test]
     fn each_state_allows_just_the_verbs_of_the_picture() {
         use Verb::{
-            AddDevice, BalloonStats, Balloons, BeginJob, Boot, CancelJob, Counters, Create,
+            AddDevice, BalloonStats, Balloons, Boot, CancelJob, CommitDisk, Counters, Create,
             DiskInfo, Jobs, Nmi, Pause, PowerButton, Reboot, RemoveDevice, Resize, ResizeBalloon,
             ResizeDisk, Resume, ResumeDisk, SetJob, SetOvercommit, Shutdown, SnapshotDisk,
+            StreamDisk,
         };
         assert_eq!(legal(None), [Create]);
         assert_eq!(
@@ -216,7 +220,8 @@ mod tests {
                 ResizeDisk,
                 ResumeDisk,
                 SnapshotDisk,
-                BeginJob,
+                StreamDisk,
+                CommitDisk,
                 Jobs,
                 SetJob,
                 CancelJob,
@@ -239,7 +244,8 @@ mod tests {
                 ResizeDisk,
                 ResumeDisk,
                 SnapshotDisk,
-                BeginJob,
+                StreamDisk,
+                CommitDisk,
                 Jobs,
                 SetJob,
                 CancelJob,

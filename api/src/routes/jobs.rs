@@ -1,5 +1,5 @@
-//! Long work on disks while the guest uses them: `vm.stream-disk`, `vm.jobs`, `vm.set-job`,
-//! `vm.cancel-job`.
+//! Long work on disks while the guest uses them: `vm.stream-disk`, `vm.commit-disk`, `vm.jobs`,
+//! `vm.set-job`, `vm.cancel-job`.
 
 use std::num::NonZeroU64;
 
@@ -24,6 +24,17 @@ pub struct StreamDisk {
     /// The device's id.
     id: String,
     /// The most bytes that may be read for it in a second; without it there is no limit.
+    #[schema(minimum = 1)]
+    speed: Option<u64>,
+}
+
+/// Which disk is to go on with the image below its own, and how fast.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = VmCommitDisk, example = json!({"id": "_disk0", "speed": 104857600}))]
+pub struct CommitDisk {
+    /// The device's id.
+    id: String,
+    /// The most bytes that may be moved for it in a second; without it there is no limit.
     #[schema(minimum = 1)]
     speed: Option<u64>,
 }
@@ -69,13 +80,44 @@ pub async fn stream(
     State(handle): State<Handle>,
     Body(StreamDisk { id, speed }): Body<StreamDisk>,
 ) -> Result<Response, ApiError> {
-    let job = NewJob {
-        disk: id,
-        kind: JobKind::Stream,
-        speed: checked(speed)?,
-    };
+    begin(&handle, id, JobKind::Stream, speed).await
+}
+
+/// Have a disk's image come into the one below it
+///
+/// The opposite of `vm.snapshot-disk`. What the disk's qcow2 image has is written into the one
+/// below it, its base, which may be raw or qcow2, while the guest uses the disk; then the disk goes
+/// on with the base, which `vm.info` shows as its `path` from then on (the guest sees the same
+/// disk), and the image it had is emptied and closed. The answer is a job, as of `vm.stream-disk`,
+/// and the same holds for it: one job a disk, at its own speed, begun again on a reset, cancelled
+/// with a shutdown and with the disk's removal. However it ends, by a SIGKILL as well, the image
+/// over its base shows the whole disk; the base alone does only when the job has completed. Until
+/// then the base is locked as one that is written to: the job is refused while anybody else reads
+/// it, other overlays of it in the first place. Not possible for disks that are read-only, have
+/// nothing below them, have snapshots inside or a queue with a thread of its own, or are locked as a
+/// whole (`lock_granularity`), nor where the base is larger than the disk.
+#[utoipa::path(
+    put, path = "/vm.commit-disk", operation_id = "commitDisk", tag = "disks",
+    request_body(content = CommitDisk, description = "The disk, and how fast."),
+    responses((status = 200, description = "The job was begun.", body = JobInfo)),
+)]
+pub async fn commit(
+    State(handle): State<Handle>,
+    Body(CommitDisk { id, speed }): Body<CommitDisk>,
+) -> Result<Response, ApiError> {
+    begin(&handle, id, JobKind::Commit, speed).await
+}
+
+async fn begin(
+    handle: &Handle,
+    disk: String,
+    kind: JobKind,
+    speed: Option<u64>,
+) -> Result<Response, ApiError> {
+    let speed = checked(speed)?;
+    let order = NewJob { disk, kind, speed };
     let info = handle
-        .request(|reply| Command::BeginJob { order: job, reply })
+        .request(|reply| Command::BeginJob { order, reply })
         .await?;
     answer(&info)
 }

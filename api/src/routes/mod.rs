@@ -54,6 +54,7 @@ pub fn router(handle: Handle) -> Router {
         .route("/vm.resume-disk", put(disks::resume))
         .route("/vm.snapshot-disk", put(disks::snapshot))
         .route("/vm.stream-disk", put(jobs::stream))
+        .route("/vm.commit-disk", put(jobs::commit))
         .route("/vm.jobs", get(jobs::list))
         .route("/vm.set-job", put(jobs::set))
         .route("/vm.cancel-job", put(jobs::cancel))

@@ -7,7 +7,7 @@ use devices::config::Invalid;
 
 use super::Created;
 use crate::error::Error;
-use crate::jobs::{JobInfo, NewJob};
+use crate::jobs::{Ended, JobInfo, NewJob};
 use crate::vm::Environment;
 
 impl Created {
@@ -40,11 +40,21 @@ impl Created {
         self.jobs.set_speed(id, speed)
     }
 
-    /// Looks what has become of the jobs.
-    pub fn look_at_jobs(&mut self, now: Instant) {
-        if let Some(vm) = &self.running {
-            self.jobs.look(&vm.devices, !self.paused, now);
+    /// Looks what has become of the jobs; those that have ended are to be told of, once the
+    /// configuration is published.
+    pub fn look_at_jobs(&mut self, now: Instant) -> Vec<Ended> {
+        let Some(vm) = &self.running else {
+            return Vec::new();
+        };
+        let ended = self.jobs.look(&vm.devices, !self.paused, now);
+        let moved = ended.iter().filter_map(Ended::moved);
+        let moved: Vec<_> = moved
+            .filter_map(|id| Some((id.to_owned(), vm.devices.disk(id).ok()?.config())))
+            .collect();
+        for (id, config) in moved {
+            self.move_disk(&id, config);
         }
+        ended
     }
 
     /// Has the jobs wait for the next machine: this one is about to go.

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use devices::block::Block;
 use devices::block::snapshot::{DiskSnapshot, SnapshotError, snapshot};
+use devices::block::{Block, DiskConfig};
 use devices::config::Invalid;
 
 use super::Created;
@@ -48,15 +48,9 @@ impl Created {
         let configs: Vec<_> = targets.iter().map(|(block, _)| block.config()).collect();
         let mut moved = Vec::new();
         for (disk, new) in disks.iter().zip(configs) {
-            let id = Some(disk.id.as_str());
-            let mut all = self.config.disks.iter_mut();
-            let Some(config) = all.find(|config| config.common.id.as_deref() == id) else {
+            let Some(old) = self.move_disk(&disk.id, new) else {
                 continue;
             };
-            let old = std::mem::replace(&mut config.path, new.path);
-            config.image_type = new.image_type;
-            config.backing_files = new.backing_files;
-            config.serial = new.serial;
             moved.push(MovedOn {
                 id: disk.id.clone(),
                 path: disk.path.clone(),
@@ -64,5 +58,17 @@ impl Created {
             });
         }
         Ok(moved)
+    }
+
+    /// A disk has the image of the configuration `new` now, and is the same for the guest; says
+    /// which it had.
+    pub(super) fn move_disk(&mut self, id: &str, new: DiskConfig) -> Option<PathBuf> {
+        let mut all = self.config.disks.iter_mut();
+        let config = all.find(|config| config.common.id.as_deref() == Some(id))?;
+        config.image_type = new.image_type;
+        config.backing_files = new.backing_files;
+        config.l2_cache_size = new.l2_cache_size;
+        config.serial = new.serial;
+        Some(std::mem::replace(&mut config.path, new.path))
     }
 }

@@ -25,9 +25,9 @@ impl Vmm {
         let now = Instant::now();
         let space = created.look_at_disks(now);
         let expired = created.expired(now);
-        created.look_at_jobs(now);
-        if !expired.is_empty() {
-            self.publish();
+        let jobs = created.look_at_jobs(now);
+        if !expired.is_empty() || !jobs.is_empty() {
+            self.tell_jobs(jobs);
         }
         for id in expired {
             self.emit("vm", "device-removal-timed-out", &[("id", &id)]);

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use devices::balloon::BalloonInfo;
+use devices::block::job::JobKind;
 use devices::block::snapshot::DiskSnapshot;
 use devices::config::DeviceConfig;
 
@@ -61,14 +62,18 @@ impl Vmm {
 
     pub(super) fn begin_job(&mut self, order: NewJob) -> Result<JobInfo, Error> {
         let environment = self.environment();
-        self.created(Verb::BeginJob)?.begin_job(order, &environment)
+        let verb = match order.kind {
+            JobKind::Stream => Verb::StreamDisk,
+            JobKind::Commit => Verb::CommitDisk,
+        };
+        self.created(verb)?.begin_job(order, &environment)
     }
 
     /// Has jobs whose threads have ended come to their end.
     pub(super) fn look_at_jobs(&mut self) {
         if let Some(created) = &mut self.created {
-            created.look_at_jobs(Instant::now());
-            self.publish();
+            let ended = created.look_at_jobs(Instant::now());
+            self.tell_jobs(ended);
         }
     }
 

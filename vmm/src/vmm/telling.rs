@@ -6,6 +6,7 @@ use super::Vmm;
 use crate::command::Reply;
 use crate::device_manager::Removed;
 use crate::error::Error;
+use crate::jobs::Ended;
 use crate::status::VmInfo;
 
 impl Vmm {
@@ -42,6 +43,12 @@ impl Vmm {
                 &[("id", &device.id), ("bdf", &device.bdf)],
             );
         }
+    }
+
+    /// Publishes what has become of the disks, then tells of the jobs that have ended.
+    pub(super) fn tell_jobs(&self, ended: Vec<Ended>) {
+        self.publish();
+        ended.into_iter().for_each(Ended::tell);
     }
 
     pub(super) fn emit(

@@ -1,0 +1,230 @@
+//! One job that has not ended.
+
+use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
+
+use devices::block::job::{ConcludeError, Job, JobKind, JobStatus, JobView};
+
+use super::{JobInfo, JobState, NewJob};
+use crate::command::Message;
+use crate::device_manager::DeviceManager;
+use crate::error::Error;
+use crate::event::Events;
+use crate::vm::Environment;
+
+/// The least time between two events on how far a job has come.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// Before the end of a job is tried again, because the disk could not write out in time …
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+/// … which is done so often.
+const ATTEMPTS: u32 = 5;
+
+/// One that has not ended.
+pub struct Live {
+    /// What it goes by.
+    pub id: String,
+    /// What it is to be.
+    pub order: NewJob,
+    /// Where it is told of.
+    pub events: Events,
+    /// `None` between two machines.
+    job: Option<Job>,
+    /// As it was seen last.
+    seen: JobView,
+    /// How far it was told to have come, in bytes done and copied, and when.
+    told: ((u64, u64), Instant),
+    /// When its end is to be tried again, and how often it was tried.
+    retry: (Option<Instant>, u32),
+    /// It was told to end, and is not to begin again on another machine.
+    pub cancelled: bool,
+}
+
+impl Live {
+    /// Begins it.
+    pub fn begin(
+        id: String,
+        order: NewJob,
+        devices: &DeviceManager,
+        environment: &Environment,
+    ) -> Result<Self, Error> {
+        let job = start(&order, devices, environment)?;
+        Ok(Self {
+            id,
+            events: environment.events.clone(),
+            seen: job.view(),
+            job: Some(job),
+            told: ((0, 0), Instant::now()),
+            retry: (None, 0),
+            cancelled: false,
+            order,
+        })
+    }
+
+    /// Begins it again, on another machine.
+    pub fn begin_again(
+        &mut self,
+        devices: &DeviceManager,
+        environment: &Environment,
+    ) -> Result<(), Error> {
+        let job = start(&self.order, devices, environment)?;
+        self.seen = job.view();
+        self.retry = (None, 0);
+        self.job = Some(job);
+        Ok(())
+    }
+
+    /// There is a machine that it is at work on.
+    pub fn has_machine(&self) -> bool {
+        self.job.is_some()
+    }
+
+    /// As it was seen last.
+    pub fn info(&self) -> JobInfo {
+        let mut info = JobInfo {
+            id: self.id.clone(),
+            disk: self.order.disk.clone(),
+            kind: self.order.kind,
+            state: JobState::Running,
+            done_bytes: 0,
+            total_bytes: 0,
+            copied_bytes: 0,
+            speed: None,
+            reason: None,
+        };
+        self.fill_in(&mut info, &self.seen);
+        info
+    }
+
+    /// As it is now.
+    pub fn current(&self) -> JobInfo {
+        let mut info = self.info();
+        if let Some(job) = &self.job {
+            self.fill_in(&mut info, &job.view());
+        }
+        info
+    }
+
+    fn fill_in(&self, info: &mut JobInfo, view: &JobView) {
+        info.done_bytes = view.done_bytes;
+        info.total_bytes = view.total_bytes;
+        info.copied_bytes = view.copied_bytes;
+        info.speed = self.order.speed.map(NonZeroU64::get);
+    }
+
+    /// As it is to be shown from now on.
+    pub fn ended_as(&self, status: JobStatus) -> JobInfo {
+        let mut info = self.info();
+        (info.state, info.reason) = match status {
+            JobStatus::Ready => (JobState::Completed, None),
+            JobStatus::Failed(reason) => (JobState::Failed, Some(reason)),
+            JobStatus::Running | JobStatus::Cancelled => (JobState::Cancelled, None),
+        };
+        info
+    }
+
+    /// Has it read up to so many bytes a second.
+    pub fn set_speed(&mut self, speed: Option<NonZeroU64>) {
+        self.order.speed = speed;
+        if let Some(job) = &self.job {
+            job.set_speed(speed);
+            self.seen = job.view();
+        }
+    }
+
+    /// Tells it to end.
+    pub fn cancel(&mut self) {
+        self.cancelled = true;
+        // One whose end is put off is looked at soon.
+        self.retry.0 = None;
+        self.job.iter().for_each(Job::cancel);
+    }
+
+    /// Has its thread end, and says how it did. A stream that is ready needs no conclusion where the
+    /// machine goes: that only closes what the machine has open. A commit does: without it the disk
+    /// is where it was.
+    pub fn stop(&mut self) -> JobStatus {
+        let Some(job) = self.job.take() else {
+            return JobStatus::Cancelled;
+        };
+        self.seen = job.end();
+        match (&self.seen.status, self.order.kind) {
+            (JobStatus::Ready, JobKind::Commit) => JobStatus::Cancelled,
+            (status, _) => status.clone(),
+        }
+    }
+
+    /// When [`Live::look`] next has something to do, if the job does not tell earlier.
+    pub fn next_look(&self) -> Instant {
+        let (retry, _) = self.retry;
+        retry.unwrap_or(self.told.1 + PROGRESS_INTERVAL)
+    }
+
+    /// What has become of it, if it has ended.
+    pub fn look(&mut self, devices: &DeviceManager, go_on: bool, now: Instant) -> Option<JobInfo> {
+        let job = self.job.as_mut()?;
+        self.seen = job.view();
+        let status = self.seen.status.clone();
+        if status == JobStatus::Running {
+            if now >= self.told.1 + PROGRESS_INTERVAL {
+                let come = (self.seen.done_bytes, self.seen.copied_bytes);
+                let before = std::mem::replace(&mut self.told, (come, now));
+                if before.0 != come {
+                    tell(&self.events, "job-progress", &self.info());
+                }
+            }
+            return None;
+        }
+        if status != JobStatus::Ready {
+            return Some(self.ended_as(status));
+        }
+        if self.cancelled && self.order.kind == JobKind::Commit {
+            return Some(self.ended_as(JobStatus::Cancelled));
+        }
+        let (retry, attempts) = self.retry;
+        if retry.is_some_and(|at| now < at) {
+            return None;
+        }
+        let concluded = match devices.disk(&self.order.disk) {
+            Ok(block) => job.conclude(block, go_on),
+            // Its job went with it.
+            Err(_) => return Some(self.ended_as(JobStatus::Cancelled)),
+        };
+        // What the end took is counted too.
+        self.seen = job.view();
+        match concluded {
+            Ok(()) => Some(self.ended_as(JobStatus::Ready)),
+            Err(ConcludeError::Timeout) if attempts + 1 < ATTEMPTS => {
+                self.retry = (Some(Instant::now() + RETRY_INTERVAL), attempts + 1);
+                None
+            }
+            Err(error) => Some(self.ended_as(JobStatus::Failed(error.to_string()))),
+        }
+    }
+}
+
+/// Begins the work.
+fn start(order: &NewJob, devices: &DeviceManager, environment: &Environment) -> Result<Job, Error> {
+    let block = devices.disk(&order.disk)?;
+    let inbox = environment.inbox.clone();
+    let wake = Box::new(move || {
+        // The VMM thread outlives its machines, and these their jobs.
+        let _ = inbox.send(Message::Job);
+    });
+    Ok(block.begin_job(order.kind, order.speed, wake)?)
+}
+
+/// Tells of a job.
+pub fn tell(events: &Events, event: &'static str, job: &JobInfo) {
+    let [done, total, copied] =
+        [job.done_bytes, job.total_bytes, job.copied_bytes].map(|bytes| bytes.to_string());
+    let mut properties = vec![
+        ("job", job.id.as_str()),
+        ("id", &job.disk),
+        ("kind", job.kind.name()),
+        ("done_bytes", &done),
+        ("total_bytes", &total),
+        ("copied_bytes", &copied),
+    ];
+    properties.extend(job.reason.as_deref().map(|reason| ("reason", reason)));
+    events.emit("virtio-device", event, &properties);
+}
