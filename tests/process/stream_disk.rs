@@ -1,6 +1,7 @@
 //! `vm.stream-disk` and the jobs: disks that come to stand alone, over the API of a real process.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 

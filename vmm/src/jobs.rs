@@ -65,7 +65,8 @@ pub struct JobInfo {
     pub kind: JobKind,
     /// Where it stands.
     pub state: JobState,
-    /// Bytes of the disk that it has looked at.
+    /// Bytes of the disk that it has looked at, once: what the guest writes later is looked at again
+    /// by a commit.
     pub done_bytes: u64,
     /// Bytes that there are to look at: the size of the disk.
     pub total_bytes: u64,
@@ -73,7 +74,7 @@ pub struct JobInfo {
     pub copied_bytes: u64,
     /// The most bytes that it may read in a second; null where there is no limit.
     pub speed: Option<u64>,
-    /// Why it failed.
+    /// Why it failed, or what could not be done although it completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub reason: Option<String>,

@@ -192,7 +192,10 @@ impl Live {
         // What the end took is counted too.
         self.seen = job.view();
         match concluded {
-            Ok(()) => Some(self.ended_as(JobStatus::Ready)),
+            Ok(reason) => Some(JobInfo {
+                reason,
+                ..self.ended_as(JobStatus::Ready)
+            }),
             Err(ConcludeError::Timeout) if attempts + 1 < ATTEMPTS => {
                 self.retry = (Some(Instant::now() + RETRY_INTERVAL), attempts + 1);
                 None

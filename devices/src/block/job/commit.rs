@@ -171,7 +171,13 @@ impl Work {
 
 impl Job {
     /// Has the disk, whose queue stands still when `freeze` has been called, go on with the base.
-    pub(super) fn move_down(&mut self, block: &Block, go_on: bool) -> Result<(), ConcludeError> {
+    /// Says why the image could not be emptied, if so: it then hides what the disk is given from now
+    /// on.
+    pub(super) fn move_down(
+        &mut self,
+        block: &Block,
+        go_on: bool,
+    ) -> Result<Option<String>, ConcludeError> {
         let not_moved = ConcludeError::NotMoved;
         let refuse = |reason| Err(not_moved(Invalid::new("id", reason).into()));
         let Some(old_base) = &self.base else {
@@ -182,7 +188,9 @@ impl Job {
         };
         let old = block.opened().image.clone();
         let info = old_base.info.clone();
+        let path = block.opened().config.path.display().to_string();
         let image: Box<dyn Image>;
+        let mut note = None;
         {
             let frozen = Frozen::freeze(vec![worker], go_on).map_err(|e| e.of_commit())?;
             self.finish()?;
@@ -200,9 +208,11 @@ impl Job {
                 .map_err(failed)?;
             // Nothing fails any more: the base has everything, whatever becomes of the image.
             if let Err(error) = self.empty(worker) {
-                let path = block.opened().config.path.clone();
-                let path = path.display();
                 tracing::warn!(%error, "{path} was committed, and could not be emptied");
+                note = Some(format!(
+                    "all of {path} is in the image below it, which the disk goes on with; it could \
+                     not be emptied ({error}), and is of no use any more"
+                ));
             }
             old.hand_over();
             // A worker that is gone has closed its engine.
@@ -222,7 +232,12 @@ impl Job {
             config,
             image: image.into(),
         };
-        Ok(())
+        if note.is_none()
+            && let Err(error) = old.reclaim()
+        {
+            tracing::warn!(%error, "{path} was emptied, and may have lost room");
+        }
+        Ok(note)
     }
 
     /// Has the thread copy the rest, and close the base.

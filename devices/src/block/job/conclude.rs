@@ -44,8 +44,13 @@ impl FreezeError {
 impl Job {
     /// Has the disk, which the job was begun on, go on: after a stream with its image opened anew,
     /// and what was below is closed; after a commit with what was below, and the image is emptied
-    /// and closed. `go_on` unless the VM is paused. Called on the VMM thread once the job is ready.
-    pub fn conclude(&mut self, block: &Block, go_on: bool) -> Result<(), ConcludeError> {
+    /// and closed. `go_on` unless the VM is paused. Says what is to be known although it was
+    /// concluded: the image could not be emptied. Called on the VMM thread once the job is ready.
+    pub fn conclude(
+        &mut self,
+        block: &Block,
+        go_on: bool,
+    ) -> Result<Option<String>, ConcludeError> {
         let refuse = |reason| Err(BuildError::from(Invalid::new("id", reason)).into());
         if *self.shared.status() != JobStatus::Ready {
             return refuse("the job is not ready");
@@ -86,6 +91,6 @@ impl Job {
             drop(frozen);
         }
         block.opened().image = image.into();
-        Ok(())
+        Ok(None)
     }
 }

@@ -319,6 +319,17 @@ impl Image for Qcow2Image {
         }
     }
 
+    fn reclaim(&self) -> Result<(), BuildError> {
+        let layout = self.chain.layers.first().and_then(|layer| layer.layout());
+        match layout {
+            // A block device takes the same space whatever is in it.
+            Some(layout) if !self.host.block_device => {
+                check::reclaim(&self.options, layout.cluster_bits, &self.host.file)
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>> {
         if let Some(writable) = &self.writable {
             let writable = writable

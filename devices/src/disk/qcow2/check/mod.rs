@@ -36,7 +36,7 @@ use super::details::{Details, ReadError};
 use crate::config::{BuildError, Invalid};
 
 pub use repair::empty;
-pub use settle::{SYSCALLS, settle};
+pub use settle::{SYSCALLS, reclaim, settle};
 
 /// Clusters whose references are counted at a time; 4 bytes each. Tests have few, so that small
 /// images have several windows.

@@ -6,6 +6,8 @@
 //! QEMU does it when it opens the image, and so do we: refcounts and COPIED bits are set right and
 //! synced, and only then the bit goes, so that whoever dies on the way leaves an image that is dirty
 //! still, for the next to mend. Afterwards the bit stays clear: we write refcounts as they are.
+//!
+//! An image that a running commit has emptied has the refcounts that it had: they are set right too.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -27,7 +29,10 @@ const MOST_BYTES: u64 = 1 << 30;
 /// and by what is strewn over a file that is all holes.
 const MOST_TIME: Duration = Duration::from_secs(if cfg!(test) { 10 } else { 30 });
 
-/// What [`settle`] calls, beside what opening does.
+/// So long the VMM looks for lost room at most.
+const RECLAIM_TIME: Duration = Duration::from_secs(5);
+
+/// What [`settle`] and [`reclaim`] call, beside what opening does.
 pub const SYSCALLS: &[Allow] = &[
     allow!(fdatasync),
     allow!(fsync),
@@ -88,6 +93,44 @@ pub fn settle(options: &OpenOptions, header: &Header, locked: &File) -> Result<(
         "a qcow2 image that was not closed cleanly was mended"
     );
     Ok(())
+}
+
+/// Has an image that was emptied know that its room is free, and cuts its file off. `locked` is that
+/// file, still open and locked for writing; nobody uses it any more. An error leaves room lost.
+pub fn reclaim(options: &OpenOptions, cluster_bits: u32, locked: &File) -> Result<(), BuildError> {
+    let path = options.path.as_path();
+    // Not through O_DIRECT, which this file may have been opened with.
+    let host = open_unlocked(&OpenOptions {
+        readonly: false,
+        direct: false,
+        ..options.clone()
+    })?;
+    let file = &host.file;
+    if !is_same(file, locked).map_err(|e| failed(path, e))? {
+        return Err(refused(path, "another file has come in its place"));
+    }
+    let limits = Limits {
+        tables: MOST_BYTES >> cluster_bits,
+        until: Some(Instant::now() + RECLAIM_TIME),
+    };
+    let mut listener = Listener {
+        finding: &mut |_| {},
+        progress: &mut |_, _| {},
+    };
+    let report =
+        check_file(file, Repair::Leaks, limits, &mut listener).map_err(|error| match error {
+            ReadError::Io(error) => failed(path, error),
+            ReadError::Unusable(why) => refused(path, why.to_string()),
+        })?;
+    if report.corruptions > 0 {
+        return Err(refused(path, "it contradicts itself"));
+    }
+    let end = report.image_end_offset;
+    let cut = || match file.metadata()?.len() > end {
+        true => file.set_len(end).and_then(|()| file.sync_all()),
+        false => Ok(()),
+    };
+    cut().map_err(|e| BuildError::host(format!("cutting {} off", path.display()), e))
 }
 
 fn is_same(file: &File, other: &File) -> std::io::Result<bool> {
