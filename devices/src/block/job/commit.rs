@@ -28,10 +28,14 @@ use crate::disk::steps::{Reply, Step, Taken};
 use crate::disk::{BackingInfo, Format, Image};
 use crate::worker::{Order, Worker};
 
-/// So little that the guest can wait until it is copied.
+/// So little that the guest can wait until it is copied; of a small disk its 16th part.
 const LITTLE: u64 = 16 << 20;
-/// So many rounds at most until so little is left: the guest may write faster than it is copied.
-const ROUNDS: u32 = 1000;
+/// The most that it can wait for, where it does not become less.
+const MUCH: u64 = 64 << 20;
+/// Rounds after each of which no less is left than once before.
+const IN_VAIN: u32 = 4;
+/// So many rounds at most: the guest may write faster than it is copied.
+const ROUNDS: u32 = 100;
 /// Bytes that are taken out of what has changed at a time.
 const RANGE: u64 = 16 << 20;
 /// How often it is looked what has changed while the end is waited for.
@@ -48,15 +52,18 @@ pub struct Base {
     /// Knows what was changed on the disk.
     tracking: Tracking,
     path: PathBuf,
+    /// So little that it is ready.
+    little: u64,
 }
 
 impl Base {
-    /// Of an image that is open for it.
-    pub fn new(disk: Blocking, tracking: Tracking, path: PathBuf) -> Self {
+    /// Of an image that is open for it, for a disk of so many bytes.
+    pub fn new(disk: Blocking, tracking: Tracking, path: PathBuf, size_bytes: u64) -> Self {
         Self {
             disk,
             tracking,
             path,
+            little: LITTLE.min(size_bytes / 16),
         }
     }
 
@@ -97,13 +104,13 @@ impl Work {
                     self.flush(&mut base)
                 });
                 drop(base);
-                let told = result.as_ref().map(|()| ()).map_err(|end| end.to_string());
+                let told = result.as_ref().copied().map_err(End::to_string);
                 // Nobody may be waiting any more.
                 let _ = reply.send(told);
                 return result;
             }
             self.wait(LOOK)?;
-            if self.finish.is_none() && base.tracking.bytes() > LITTLE {
+            if self.finish.is_none() && base.tracking.bytes() > base.little {
                 self.copy_changed(&mut base)?;
                 self.flush(&mut base)?;
             }
@@ -112,16 +119,20 @@ impl Work {
 
     /// Copies what has changed, until little is left.
     fn catch_up(&mut self, base: &mut Base) -> Result<(), End> {
+        let (mut least, mut in_vain) = (u64::MAX, 0);
         for _ in 0..ROUNDS {
-            if base.tracking.bytes() <= LITTLE {
+            let left = base.tracking.bytes();
+            in_vain = if left < least { 0 } else { in_vain + 1 };
+            least = least.min(left);
+            if left <= base.little || (in_vain >= IN_VAIN && left <= MUCH) {
                 return Ok(());
             }
             self.copy_changed(base)?;
             self.flush(base)?;
         }
         Err(End::Failed(format!(
-            "the disk is written to faster than it is copied: after {ROUNDS} rounds {} bytes are \
-             left",
+            "the guest writes faster than it is copied (`speed`): after {ROUNDS} rounds {} bytes \
+             are left",
             base.tracking.bytes()
         )))
     }
@@ -222,10 +233,15 @@ impl Job {
         block.hold.set_file(image.host_file());
         let mut config = block.opened().config.clone();
         config.path = info.path;
-        config.image_type = match info.format {
-            Format::Raw => ImageType::Raw,
-            Format::Qcow2 => ImageType::Qcow2,
-        };
+        match info.format {
+            Format::Qcow2 => config.image_type = ImageType::Qcow2,
+            Format::Raw => {
+                config.image_type = ImageType::Raw;
+                // It has neither.
+                config.backing_files = false;
+                config.l2_cache_size = None;
+            }
+        }
         // Derived from the image's file otherwise: the guest shall know the disk again.
         config.serial.get_or_insert_with(|| old.serial());
         *block.opened() = Opened {

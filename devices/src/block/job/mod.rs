@@ -229,7 +229,7 @@ impl Block {
         let disk = Blocking::over(commit.base.clone()).map_err(failed)?;
         let tracking = commit.dirty.track(image.size_bytes());
         let tracking = tracking.map_err(|e| BuildError::host("noting what changes", e))?;
-        let base = Base::new(disk, tracking, commit.info.path.clone());
+        let base = Base::new(disk, tracking, commit.info.path.clone(), image.size_bytes());
         let below = Below {
             image: commit.base,
             info: commit.info,

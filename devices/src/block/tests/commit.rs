@@ -1,6 +1,5 @@
 //! Commits of disks while their guests use them, every thread inside its filter.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,12 +7,12 @@ use std::sync::mpsc::{Receiver, channel};
 
 use super::enospc::Small;
 use super::job::{
-    BLOCK, PATIENCE, PLAIN, bytes_of, can_write, check, content, engines, over, speed, write_block,
+    BLOCK, PATIENCE, PLAIN, bytes_of, can_write, check, content, engines, over, speed,
 };
 use super::*;
-use crate::block::job::{ConcludeError, Job, JobKind, JobStatus};
+use crate::block::ImageType;
+use crate::block::job::{Job, JobKind, JobStatus};
 use crate::block::snapshot::snapshot;
-use crate::block::{ImageType, LockGranularity};
 use crate::disk::Format;
 use crate::disk::qcow2::tests::qemu;
 
@@ -115,6 +114,7 @@ fn a_disk_moves_down_to_its_raw_base_and_leaves_an_empty_image() {
         let config = disk.block.config();
         assert_eq!((&config.path, config.image_type), (&base, ImageType::Raw));
         assert_eq!(config.serial, Some(serial));
+        config.validate().unwrap();
         assert!(disk.block.info("x").unwrap().backing_chain.is_empty());
         assert!(content(&mut disk) == before, "{setup:?}");
         assert!(!can_write(Format::Raw, &base), "nobody has it");
@@ -138,5 +138,555 @@ fn a_disk_moves_down_to_its_raw_base_and_leaves_an_empty_image() {
         assert!(qemu::content(&next) == expected);
         assert!(can_write(Format::Qcow2, &path));
         check_leaky(&path);
+    }
+}
+
+/// A guest that does one request after the other, and knows what is on its disk.
+struct Guest<'a> {
+    driver: &'a mut Driver,
+    model: Vec<u8>,
+    random: qemu::Random,
+}
+
+impl Guest<'_> {
+    fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.driver.poke(HEADER, &header);
+        self.driver.poke(STATUS, &[0xee]);
+        let mut pieces = vec![(HEADER, 16, false)];
+        pieces.extend(data);
+        pieces.push((STATUS, 1, true));
+        let head = self.driver.chain(&pieces);
+        self.driver.offer(head);
+        self.driver.ring();
+        self.driver.wait_used();
+        assert_eq!(self.driver.peek(STATUS, 1), [OK], "{kind} at {sector}");
+    }
+
+    fn read(&mut self, sector: u64, len: usize) -> Vec<u8> {
+        self.send(0, sector, &[(DATA, len as u32, true)]);
+        self.driver.peek(DATA, len)
+    }
+
+    fn range(&mut self, kind: u32, sector: u64, sectors: u64, flags: u32) {
+        let mut segment = [0; 16];
+        segment[..8].copy_from_slice(&sector.to_le_bytes());
+        segment[8..12].copy_from_slice(&(sectors as u32).to_le_bytes());
+        segment[12..].copy_from_slice(&flags.to_le_bytes());
+        self.driver.poke(DATA, &segment);
+        self.send(kind, 0, &[(DATA, 16, false)]);
+    }
+
+    /// One at random; in units of so many sectors.
+    fn step(&mut self, unit: u64) {
+        let total = self.model.len() as u64 / 512 / unit;
+        let longest = [1, 8, 64][self.random.below(3) as usize];
+        let sector = self.random.below(total);
+        let count = (1 + self.random.below(longest)).min(total - sector) * unit;
+        let sector = sector * unit;
+        let range = sector as usize * 512..(sector + count) as usize * 512;
+        match self.random.below(32) {
+            0 => self.send(4, 0, &[]),
+            1..=4 => {
+                self.range(11, sector, count, 0);
+                // What it then holds is not promised, but that it stays so.
+                let bytes = self.read(sector, range.len());
+                let pairs = bytes.iter().zip(&self.model[range.clone()]);
+                let sane = pairs.fold(true, |sane, (is, was)| sane && (*is == 0 || is == was));
+                assert!(sane, "a discard at {sector}");
+                self.model[range].copy_from_slice(&bytes);
+            }
+            5..=8 => {
+                let flags = self.random.below(2) as u32;
+                self.range(13, sector, count, flags);
+                self.model[range].fill(0);
+            }
+            9..=14 => {
+                let bytes = self.read(sector, range.len());
+                assert!(bytes == self.model[range], "at sector {sector}");
+            }
+            _ => {
+                let stamp = bytes_of(self.random.below(u64::MAX >> 1));
+                let bytes: Vec<u8> = stamp.iter().copied().cycle().take(range.len()).collect();
+                self.driver.poke(DATA, &bytes);
+                self.send(1, sector, &[(DATA, bytes.len() as u32, false)]);
+                self.model[range].copy_from_slice(&bytes);
+            }
+        }
+    }
+}
+
+/// Bases and overlays: the base's format and options, how it was made, and the overlay's options.
+const KINDS: [(&str, &str, &str); 11] = [
+    ("raw", "", "cluster_size=64k"),
+    ("raw", "", "extended_l2=on,cluster_size=64k"),
+    ("cluster_size=64k", "snapshot", "cluster_size=64k"),
+    ("cluster_size=64k", "compressed", "cluster_size=4k"),
+    (
+        "extended_l2=on,cluster_size=64k",
+        "snapshot",
+        "cluster_size=4k",
+    ),
+    (
+        "extended_l2=on,cluster_size=16k",
+        "compressed",
+        "extended_l2=on,cluster_size=64k",
+    ),
+    ("cluster_size=2M", "", "cluster_size=4k"),
+    (
+        "cluster_size=4k,refcount_bits=64",
+        "chain",
+        "cluster_size=2M",
+    ),
+    ("cluster_size=512", "compressed snapshot", "cluster_size=4k"),
+    ("compat=0.10,cluster_size=4k", "chain", "cluster_size=64k"),
+    ("cluster_size=64k", "", "compat=0.10,cluster_size=64k"),
+];
+
+/// Makes the base and the overlay of a kind.
+fn of_kind(folder: &Path, kind: usize, seed: u64) -> (PathBuf, Format, PathBuf) {
+    let (options, how, above) = KINDS[kind];
+    if options == "raw" {
+        let (base, path) = images(folder, above);
+        return (base, Format::Raw, path);
+    }
+    let mut base = match how.contains("chain") {
+        true => {
+            let below = qemu::create(folder, "below.qcow2", "", SIZE);
+            qemu::scribble(&below, SIZE, 40, seed + 1);
+            let below = below.display();
+            let options = format!("{options},backing_file={below},backing_fmt=qcow2");
+            qemu::create(folder, "base.qcow2", &options, SIZE)
+        }
+        false => qemu::create(folder, "base.qcow2", options, SIZE),
+    };
+    qemu::scribble(&base, SIZE, 60, seed + 2);
+    if how.contains("compressed") {
+        let packed = folder.join("packed.qcow2");
+        let (from, to) = (base.display(), packed.display());
+        qemu::img(&format!("convert -c -O qcow2 -o {options} {from} {to}"));
+        base = packed;
+    }
+    if how.contains("snapshot") {
+        qemu::img(&format!("snapshot -c one {}", base.display()));
+        qemu::scribble(&base, SIZE, 10, seed + 3);
+    }
+    let path = overlay(folder, (&base, Format::Qcow2), above, seed);
+    (base, Format::Qcow2, path)
+}
+
+/// What an internal snapshot of an image has.
+fn snapshot_of(path: &Path) -> Vec<u8> {
+    let raw = path.with_extension("snapshot");
+    let (from, to) = (path.display(), raw.display());
+    qemu::img(&format!("convert -U -l one -f qcow2 -O raw {from} {to}"));
+    let bytes = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(raw).unwrap();
+    bytes
+}
+
+#[test]
+fn whatever_a_guest_does_meanwhile_is_on_its_disk_and_then_in_the_base() {
+    commit_while_it_is_used((0..KINDS.len()).step_by(2));
+}
+
+#[test]
+fn whatever_a_guest_does_meanwhile_is_in_a_base_of_any_other_kind_too() {
+    commit_while_it_is_used((1..KINDS.len()).step_by(2));
+}
+
+fn commit_while_it_is_used(kinds: impl Iterator<Item = usize>) {
+    let Some(folder) = qemu::folder() else { return };
+    let setups: Vec<Setup> = engines().collect();
+    for kind in kinds {
+        let folder = folder.path().join(kind.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let seed = kind as u64 * 100;
+        let (base, format, path) = of_kind(&folder, kind, seed);
+        let has_snapshot = KINDS[kind].1.contains("snapshot");
+        let snapshot_before = has_snapshot.then(|| snapshot_of(&base));
+        let mut setup = setups[kind % setups.len()];
+        // With clusters that are smaller than what the host transfers there is no O_DIRECT.
+        setup.direct &= !KINDS[kind].0.contains("512");
+        let unit = if setup.direct { 8 } else { 1 };
+        let before = qemu::content(&path);
+        let mut disk = Disk::on(&path, setup, over());
+        let (mut job, told) = begin(&disk.block, speed(32 << 20));
+        let done = AtomicBool::new(false);
+        let Disk { block, driver, .. } = &mut disk;
+        let mut guest = Guest {
+            driver,
+            model: before,
+            random: qemu::Random(seed),
+        };
+        std::thread::scope(|scope| {
+            let (done, guest) = (&done, &mut guest);
+            scope.spawn(move || {
+                // Some while it goes on, and some when it is over.
+                let mut left = 60;
+                while left > 0 {
+                    left -= u64::from(done.load(Ordering::SeqCst));
+                    guest.step(unit);
+                }
+            });
+            ready(&job, &told);
+            job.conclude(block, true).unwrap();
+            done.store(true, Ordering::SeqCst);
+        });
+        drop(job);
+        let expected = guest.model;
+        assert!(
+            content(&mut disk) == expected,
+            "{:?} {setup:?}",
+            KINDS[kind]
+        );
+        assert!(disk.io_errors().is_empty());
+        drop(disk);
+        assert!(content_of(&base, format) == expected, "{:?}", KINDS[kind]);
+        if format == Format::Qcow2 {
+            check_leaky(&base);
+        }
+        assert!(snapshot_before == has_snapshot.then(|| snapshot_of(&base)));
+        check_leaky(&path);
+        assert!(qemu::content(&path) == expected, "the image is not empty");
+    }
+}
+
+#[test]
+fn a_commit_that_ends_early_leaves_the_disk_as_it_was_and_another_goes_on() {
+    let Some(folder) = qemu::folder() else { return };
+    let setups: Vec<Setup> = engines().collect();
+    for kind in [1, 5, 8] {
+        let folder = folder.path().join(kind.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let seed = kind as u64 * 100 + 7;
+        let (base, format, path) = of_kind(&folder, kind, seed);
+        let mut setup = setups[(kind + 1) % setups.len()];
+        setup.direct &= !KINDS[kind].0.contains("512");
+        let unit = if setup.direct { 8 } else { 1 };
+        let model = qemu::content(&path);
+        let mut disk = Disk::on(&path, setup, over());
+        let mut guest = Guest {
+            driver: &mut disk.driver,
+            model,
+            random: qemu::Random(seed),
+        };
+        for round in 0..2_u64 {
+            let (job, told) = begin(&disk.block, speed(8 << 20));
+            let until = (round + 1) * (SIZE / 4);
+            while job.view().done_bytes < until && job.view().status == JobStatus::Running {
+                guest.step(unit);
+            }
+            // Killed here, it would be the same.
+            guest.send(4, 0, &[]);
+            assert!(content_shared(&path) == guest.model, "{:?}", KINDS[kind]);
+            job.cancel();
+            told.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(job.view().status, JobStatus::Cancelled, "{round}");
+            drop(job);
+            assert!(!disk.block.has_job() && !can_write(format, &base));
+            for _ in 0..10 {
+                guest.step(unit);
+            }
+        }
+        // One that is ready, and that nobody concludes.
+        let (job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        for _ in 0..10 {
+            guest.step(unit);
+        }
+        assert_eq!(job.end().status, JobStatus::Cancelled);
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        for _ in 0..10 {
+            guest.step(unit);
+        }
+        job.conclude(&disk.block, true).unwrap();
+        for _ in 0..20 {
+            guest.step(unit);
+        }
+        let expected = guest.model;
+        assert!(
+            content(&mut disk) == expected,
+            "{:?} {setup:?}",
+            KINDS[kind]
+        );
+        drop((job, disk));
+        assert!(content_of(&base, format) == expected, "{:?}", KINDS[kind]);
+        if format == Format::Qcow2 {
+            check_leaky(&base);
+        }
+    }
+}
+
+#[test]
+fn a_commit_goes_on_while_the_vm_is_paused_and_the_disk_stays_paused() {
+    let Some(folder) = qemu::folder() else { return };
+    for (number, setup) in engines().enumerate() {
+        let folder = folder.path().join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let (base, path) = images(&folder, "cluster_size=64k");
+        let mut expected = qemu::content(&path);
+        let mut disk = Disk::on(&path, setup, over());
+        assert_eq!(disk.write(8, &bytes_of(1)), OK);
+        disk.pause();
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        job.conclude(&disk.block, false).unwrap();
+        disk.header(HEADER, 1, 0);
+        disk.driver.poke(STATUS, &[0xee]);
+        disk.driver.poke(DATA, &bytes_of(2));
+        let pieces = [
+            (HEADER, 16, false),
+            (DATA, BLOCK as u32, false),
+            (STATUS, 1, true),
+        ];
+        let head = disk.driver.chain(&pieces);
+        disk.driver.offer(head);
+        disk.driver.ring();
+        disk.pause();
+        assert_eq!(disk.driver.peek(STATUS, 1), [0xee]);
+        disk.worker().order(Order::Resume);
+        disk.driver.wait_used();
+        assert_eq!(disk.driver.peek(STATUS, 1), [OK]);
+        disk.reset();
+        expected[..BLOCK].copy_from_slice(&bytes_of(2));
+        expected[BLOCK..2 * BLOCK].copy_from_slice(&bytes_of(1));
+        drop((job, disk));
+        assert!(std::fs::read(&base).unwrap() == expected);
+    }
+}
+
+#[test]
+fn a_base_that_is_smaller_grows_first() {
+    let Some(folder) = qemu::folder() else { return };
+    let kinds = [("raw", ""), ("qcow2", "-o cluster_size=64k")];
+    for ((number, setup), (format, options)) in engines().enumerate().zip(kinds.into_iter().cycle())
+    {
+        let folder = folder.path().join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let base = folder.join("base");
+        let shown = base.display();
+        qemu::img(&format!(
+            "create -q -f {format} {options} {shown} {}",
+            SIZE / 4
+        ));
+        let format = match format {
+            "raw" => Format::Raw,
+            _ => Format::Qcow2,
+        };
+        let path = overlay(&folder, (&base, format), "cluster_size=64k", 3);
+        let expected = qemu::content(&path);
+        let mut disk = Disk::on(&path, setup, over());
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        job.conclude(&disk.block, true).unwrap();
+        assert!(content(&mut disk) == expected);
+        assert_eq!(disk.write(SIZE / 512 - 8, &bytes_of(1)), OK);
+        drop((job, disk));
+        let mut expected = expected;
+        let at = SIZE as usize - BLOCK;
+        expected[at..].copy_from_slice(&bytes_of(1));
+        assert!(content_of(&base, format) == expected, "{format:?}");
+    }
+}
+
+#[test]
+fn a_base_without_space_ends_a_commit_and_with_more_space_another_goes_on() {
+    let Some(folder) = qemu::folder() else { return };
+    for (sync, format) in [(false, Format::Raw), (true, Format::Qcow2)] {
+        let Some(small) = Small::new() else { return };
+        let base = small.path("base");
+        let shown = base.display();
+        qemu::img(&format!("create -q -f {} {shown} {SIZE}", format.name()));
+        let folder = folder.path().join(format.name());
+        std::fs::create_dir(&folder).unwrap();
+        let options = format!("backing_file={shown},backing_fmt={}", format.name());
+        let path = qemu::create(&folder, "top.qcow2", &options, SIZE);
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let mut expected = vec![0; SIZE as usize];
+        for at in (0..SIZE).step_by(1 << 20) {
+            let bytes: Vec<u8> = bytes_of(at + 1).repeat(128);
+            assert_eq!(disk.write(at / 512, &bytes), OK);
+            expected[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        let (job, told) = begin(&disk.block, None);
+        told.recv_timeout(PATIENCE).unwrap();
+        let JobStatus::Failed(reason) = job.view().status else {
+            panic!("{:?}", job.view());
+        };
+        assert!(reason.contains("No space left"), "{reason}");
+        assert!(reason.contains("base"), "{reason}");
+        drop(job);
+        assert!(content(&mut disk) == expected);
+        assert_eq!(disk.flush(), OK);
+        assert!(content_shared(&path) == expected);
+        small.enlarge();
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        job.conclude(&disk.block, true).unwrap();
+        assert!(content(&mut disk) == expected);
+        assert!(disk.io_errors().is_empty());
+        drop((job, disk));
+        assert!(content_of(&base, format) == expected);
+    }
+}
+
+#[test]
+fn what_can_not_be_committed_is_refused_and_says_why() {
+    let Some(folder) = qemu::folder() else { return };
+    let (base, path) = images(folder.path(), "cluster_size=64k");
+    let with = |name: &str, value: serde_json::Value| {
+        let mut config = over();
+        config[name] = value;
+        config
+    };
+    let alone = qemu::create(folder.path(), "alone.qcow2", "", SIZE);
+    let smaller = folder.path().join("smaller.qcow2");
+    qemu::img(&format!(
+        "create -q -f qcow2 -b {} -F raw {} {}",
+        base.display(),
+        smaller.display(),
+        SIZE / 2
+    ));
+    let cases = [
+        (&base, serde_json::json!({}), "no backing file"),
+        (&alone, over(), "no backing file"),
+        (&smaller, over(), "more than the disk"),
+        (&path, with("readonly", true.into()), "read-only"),
+        (
+            &path,
+            with("lock_granularity", "Full".into()),
+            "lock_granularity",
+        ),
+    ];
+    for (path, config, expected) in cases {
+        let disk = Disk::on(path, PLAIN, config);
+        let reason = refused(&disk.block);
+        assert!(reason.contains(expected), "{reason}");
+        assert!(!disk.block.has_job());
+    }
+    let disk = Disk::on(&path, PLAIN, over());
+    // Another overlay of the same base, by another process or not.
+    let other = Disk::on(&smaller, PLAIN, over());
+    let reason = refused(&disk.block);
+    assert!(reason.contains("base.raw"), "{reason}");
+    drop(other);
+    // Another file is where it was.
+    let away = folder.path().join("away.raw");
+    std::fs::rename(&base, &away).unwrap();
+    std::fs::copy(&away, &base).unwrap();
+    let reason = refused(&disk.block);
+    assert!(reason.contains("no longer"), "{reason}");
+    std::fs::rename(&away, &base).unwrap();
+    let (job, _) = begin(&disk.block, speed(1));
+    let reason = refused(&disk.block);
+    assert!(reason.contains("a job"), "{reason}");
+    drop(job);
+    drop(disk);
+    qemu::img(&format!("snapshot -c one {}", path.display()));
+    let disk = Disk::on(&path, PLAIN, over());
+    let reason = refused(&disk.block);
+    assert!(reason.contains("snapshots inside"), "{reason}");
+}
+
+#[test]
+fn a_commit_that_is_not_ready_or_of_another_disk_is_not_concluded() {
+    let Some(folder) = qemu::folder() else { return };
+    let (base, path) = images(folder.path(), "cluster_size=64k");
+    let before = qemu::content(&path);
+    let disk = Disk::on(&path, PLAIN, over());
+    let (mut job, told) = begin(&disk.block, speed(1));
+    job.conclude(&disk.block, true).unwrap_err();
+    job.set_speed(None);
+    ready(&job, &told);
+    let mut other = Disk::new(PLAIN);
+    let error = job.conclude(&other.block, true).unwrap_err();
+    assert!(error.to_string().contains("another disk"), "{error}");
+    assert_eq!(other.write(0, &bytes_of(1)), OK);
+    // The disk goes first: nobody is there that could give out the rest.
+    drop(disk);
+    drop(job);
+    assert!(can_write(Format::Raw, &base));
+    let mut disk = Disk::on(&path, PLAIN, over());
+    assert!(content(&mut disk) == before);
+}
+
+#[test]
+fn while_there_is_a_commit_nobody_else_opens_the_base_and_without_a_reader_may() {
+    let Some(folder) = qemu::folder() else { return };
+    let (base, format, path) = of_kind(folder.path(), 2, 1);
+    let disk = Disk::on(&path, PLAIN, over());
+    let reads = |path: &Path, force: &[&str]| {
+        let mut tool = std::process::Command::new("qemu-io");
+        let tool = tool.args(["-r", "-f", "qcow2", "-c", "read 0 512"]);
+        let output = tool.args(force).arg(path).output();
+        output.unwrap().status.success()
+    };
+    assert!(reads(&base, &[]), "a reader has no part in it");
+    for round in 0..3 {
+        let (job, _) = begin(&disk.block, speed(1));
+        assert!(!can_write(format, &base), "{round}");
+        assert!(!reads(&base, &[]), "{round}");
+        assert!(reads(&base, &["-U"]), "{round}");
+        drop(job);
+        assert!(!can_write(format, &base), "{round}");
+        assert!(reads(&base, &[]), "{round}");
+    }
+}
+
+#[test]
+fn disks_move_up_and_down_again_and_again() {
+    let Some(folder) = qemu::folder() else { return };
+    for (number, setup) in engines().enumerate() {
+        let folder = folder.path().join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        let base = folder.join("base.qcow2");
+        let format = match number % 2 {
+            0 => {
+                std::fs::copy(image().path(), &base).unwrap();
+                Format::Raw
+            }
+            _ => {
+                let (from, to) = (image(), base.display());
+                let from = from.path().display().to_string();
+                qemu::img(&format!("convert -f raw -O qcow2 {from} {to}"));
+                Format::Qcow2
+            }
+        };
+        let config = match format {
+            Format::Raw => serde_json::json!({}),
+            Format::Qcow2 => over(),
+        };
+        let mut disk = Disk::on(&base, setup, config);
+        let mut guest = Guest {
+            driver: &mut disk.driver,
+            model: expected(0, SIZE as usize),
+            random: qemu::Random(number as u64),
+        };
+        for round in 0..4 {
+            let next = folder.join(format!("next{round}"));
+            snapshot(&[(&disk.block, &next)], true).unwrap();
+            for _ in 0..30 {
+                guest.step(8);
+            }
+            let (mut job, told) = begin(&disk.block, None);
+            ready(&job, &told);
+            job.conclude(&disk.block, true).unwrap();
+            assert_eq!(disk.block.config().path, base);
+            for _ in 0..30 {
+                guest.step(8);
+            }
+        }
+        let expected = guest.model;
+        assert!(content(&mut disk) == expected, "{setup:?}");
+        drop(disk);
+        assert!(content_of(&base, format) == expected, "{setup:?}");
+        if format == Format::Qcow2 {
+            // Leaks were searched for each time.
+            check(&base);
+        }
     }
 }

@@ -168,7 +168,7 @@ fn a_disk_in_use_comes_to_stand_alone_and_what_was_below_it_is_free() {
     }
 }
 
-pub(super) fn write_block(driver: &mut Driver, block: u64, stamp: u64) {
+fn write_block(driver: &mut Driver, block: u64, stamp: u64) {
     let mut header = [0; 16];
     header[..4].copy_from_slice(&1_u32.to_le_bytes());
     header[8..].copy_from_slice(&(block * 8).to_le_bytes());

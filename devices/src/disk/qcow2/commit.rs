@@ -1,6 +1,6 @@
 //! Opening what lies below an image to be written to, beside the image that is in use.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::super::open::{checked, open_beside_reader};
@@ -80,7 +80,7 @@ impl Qcow2Image {
 }
 
 /// Whatever is wrong with it is the fault of what is below the disk.
-fn blame(error: BuildError, below: &PathBuf) -> BuildError {
+fn blame(error: BuildError, below: &Path) -> BuildError {
     match error {
         BuildError::Invalid(wrong) if wrong.field != "id" => {
             let reason = format!("backing file {}: {}", below.display(), wrong.reason);

@@ -6,7 +6,7 @@ use super::*;
 const MIB: u64 = 1 << 20;
 
 /// Goes on until all leaks are returned.
-fn search(driver: &mut Driver) {
+pub fn search(driver: &mut Driver) {
     driver.queue.start().unwrap();
     for _ in 0..100_000 {
         if driver.queue.control().leaks().is_some() {

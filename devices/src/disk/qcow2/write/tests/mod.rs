@@ -9,6 +9,7 @@ mod leaks;
 mod pool;
 mod populate;
 mod sim;
+mod take;
 mod zero;
 
 use std::collections::BTreeMap;

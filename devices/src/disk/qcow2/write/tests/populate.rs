@@ -11,7 +11,7 @@ use super::*;
 const MIB: u64 = 1 << 20;
 
 /// Has a step done, with requests of the guest beside it.
-fn step(driver: &mut Driver, step: Step, requests: u64) -> Outcome {
+pub fn step(driver: &mut Driver, step: Step, requests: u64) -> Outcome {
     let (tell, told) = channel();
     let reply = Reply::new(move |outcome| tell.send(outcome).unwrap());
     driver.queue.control().leave(step, reply);
