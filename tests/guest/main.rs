@@ -23,6 +23,7 @@ mod power;
 mod reset;
 mod serial;
 mod thin;
+mod thin_commit;
 mod thin_crash;
 mod thin_files;
 mod thin_fio;

@@ -204,7 +204,8 @@ fn a_base_made_by_qemu_img_takes_in_what_the_disk_has() {
         thin.events.wait_for("job-completed");
         thin.settle();
         thin.client.put("vm.delete");
-        check(&middle);
+        // Room that compressed clusters had is lost, where they shared it with others.
+        check_for(&middle, &[0, 3]);
         check(&thin.overlay);
         let reference = thin.ballast.path("reference.raw");
         fs::write(&reference, &thin.content).unwrap();
