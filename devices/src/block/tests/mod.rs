@@ -5,6 +5,7 @@ mod commit;
 pub(crate) mod driver;
 mod enospc;
 mod faults;
+mod guest;
 mod hostile;
 mod io;
 mod job;

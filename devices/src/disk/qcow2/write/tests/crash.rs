@@ -13,6 +13,8 @@ pub struct Setup {
     size: u64,
     /// Clusters that only a bitmap refers to, which is none any more after the first write.
     given_up: u64,
+    /// Somebody reads it as a backing file meanwhile.
+    pub has_reader: bool,
 }
 
 impl Setup {
@@ -48,11 +50,12 @@ impl Setup {
             backing,
             size,
             given_up: 0,
+            has_reader: false,
         })
     }
 
     /// One whose clusters are compressed, some of them twice: in a snapshot as well.
-    fn compressed(kind: &str, size: u64) -> Option<Self> {
+    pub fn compressed(kind: &str, size: u64) -> Option<Self> {
         let setup = Self::over(kind, None, false, size)?;
         let raw = setup.folder.path().join("content.raw");
         let sectors = (0..size / 512).flat_map(|n| bytes_of(n << 32 | 0xee));
@@ -99,7 +102,10 @@ impl Setup {
         let content = qemu::content(&self.path);
         assert_eq!(content.len() as u64, self.size);
         let player = Box::new(Player(shared.clone()));
-        let writable = writable(&options(&self.path, false, true));
+        let mut writable = writable(&options(&self.path, false, true));
+        if self.has_reader {
+            writable = writable.beside_reader();
+        }
         let engine = writable.into_engine(Backend::Simulated(player), 256);
         let queue = WriteQueue::new(Arc::new(engine), DEPTH);
         let mut driver = Driver::new(queue, &content, seed);

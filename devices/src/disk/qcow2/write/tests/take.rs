@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::super::super::super::dirty::Tracking;
 use super::super::super::super::steps::{Step, Taken};
-use super::crash::Setup;
+use super::crash::{Setup, assert_survived};
 use super::populate::step;
 use super::*;
 
@@ -115,7 +115,7 @@ fn an_image_that_is_emptied_shows_the_base_at_every_moment() {
         step(&mut driver, Step::Empty, 0).unwrap();
         let end = shared.lock().unwrap().now;
         let mut random = Random(number);
-        let times = (begin..=end).step_by(((end - begin) / 40).max(1) as usize);
+        let times = (begin..=end).step_by(((end - begin) / 20).max(1) as usize);
         for time in times.flat_map(|time| [time; 2]) {
             let bytes = shared.lock().unwrap().after_cut(time, &mut random);
             let image = check::Image::new(&bytes);
@@ -170,6 +170,39 @@ fn an_image_that_can_not_be_emptied_shows_the_base_all_the_same() {
             check::Image::new(&bytes).check();
             assert!(content(&bytes, &base) == base, "{kind}");
         }
+    }
+}
+
+#[test]
+fn a_power_cut_leaves_leaks_at_most_where_somebody_reads_the_image_too() {
+    let cuts = wanted("BALLAST_POWER_CUTS", 10);
+    let setups = [
+        Setup::over("cluster_size=64k", None, false, 2 * MIB),
+        Setup::over("cluster_size=4k", Some(2 * MIB), true, 2 * MIB),
+        Setup::over("extended_l2=on,cluster_size=16k", Some(MIB), true, 2 * MIB),
+        Setup::compressed("cluster_size=16k", 2 * MIB),
+    ];
+    for (number, setup) in (1..).zip(setups) {
+        let Some(mut setup) = setup else { return };
+        setup.has_reader = true;
+        let seed = seed(number * 10);
+        let (mut driver, shared) = setup.driver(seed);
+        driver.run(150);
+        assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+        let end = shared.lock().unwrap().now;
+        let mut random = Random(seed);
+        for _ in 0..cuts {
+            let time = random.below(end + 1);
+            let bytes = shared.lock().unwrap().after_cut(time, &mut random);
+            let image = check::Image::new(&bytes);
+            image.check();
+            assert_survived(&driver, &image.content(setup.backing()), time);
+        }
+        driver.queue.close().unwrap();
+        let bytes = shared.lock().unwrap().bytes.clone();
+        check::Image::new(&bytes).check();
+        setup.ask_qemu(&bytes);
+        driver.compare(&content(&bytes, setup.backing()));
     }
 }
 
