@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::before;
+use super::full_disk::mount;
 use super::thin::{CHUNKS, MIB, SIZE, SLOW, Thin, check, check_for, open_files, qemu_img, whole};
 use crate::support::artifacts::empty_image;
 use crate::support::ballast::{Ballast, binary};
@@ -216,6 +217,108 @@ fn a_base_made_by_qemu_img_takes_in_what_the_disk_has() {
     }
 }
 
+/// Each with the filters that go with it.
+#[test]
+fn a_commit_is_done_by_engines_of_every_kind() {
+    for disk in [
+        json!({"direct": true}),
+        json!({"disable_io_uring": true}),
+        json!({"direct": true, "disable_io_uring": true, "num_queues": 2}),
+        json!({"l2_cache_size": MIB, "serial": "mine"}),
+    ] {
+        for between in [|_: &Path, base| base, qcow2_between] {
+            let mut thin = Thin::boot_as(between, BEFORE, &disk);
+            let mut config = thin.config();
+            thin.commit(None);
+            thin.events.wait_for("job-completed");
+            thin.settle();
+            let now = thin.config();
+            let path = PathBuf::from(now["path"].as_str().unwrap());
+            for field in ["path", "image_type", "backing_files", "serial"] {
+                config[field] = now[field].clone();
+            }
+            if now["image_type"] == "Raw" {
+                // There are no tables to keep.
+                config.as_object_mut().unwrap().remove("l2_cache_size");
+            }
+            assert_eq!(config, now, "{disk}");
+            assert!(disk["serial"].is_null() || now["serial"] == "mine", "{now}");
+            thin.client.put("vm.reboot");
+            thin.settle();
+            thin.ballast.assert_well();
+            thin.client.put("vm.delete");
+            check(&thin.overlay);
+            assert_empty(&thin.overlay);
+            for image in [&path, &thin.overlay] {
+                assert!(whole(image) == thin.content, "{disk}: {image:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_base_that_is_smaller_than_the_disk_grows() {
+    for between in [|_: &Path, base| base, qcow2_between] {
+        let mut thin = Thin::boot_with(between, BEFORE);
+        let larger = json!({"id": "thin", "desired_size": SIZE + MIB});
+        thin.client.put_json("vm.resize-disk", &larger);
+        thin.commit(None);
+        let event = thin.events.wait_for("job-completed");
+        assert_eq!(event["properties"]["total_bytes"], (SIZE + MIB).to_string());
+        thin.settle();
+        let info = thin.client.get("vm.disk-info?id=thin");
+        assert_eq!(info["virtual_size"], json!(SIZE + MIB));
+        let path = PathBuf::from(info["path"].as_str().unwrap());
+        thin.client.put("vm.delete");
+        check(&thin.overlay);
+        thin.content.resize((SIZE + MIB) as usize, 0);
+        for image in [&path, &thin.overlay] {
+            assert!(whole(image) == thin.content, "{image:?}");
+        }
+    }
+}
+
+#[test]
+fn a_base_on_a_full_host_ends_the_job_and_the_disk_goes_on_as_before() {
+    let mut small = PathBuf::new();
+    let mut mounted = true;
+    let between = |folder: &Path, _| {
+        small = folder.join("small");
+        fs::create_dir(&small).unwrap();
+        mounted = mount(&["-t", "tmpfs", "-o", "size=4m", "tmpfs"], &small);
+        empty_image(&small, "holes.raw", SIZE)
+    };
+    let mut thin = Thin::boot_with(between, BEFORE);
+    if !mounted {
+        eprintln!("SKIPPED: no tmpfs can be mounted here");
+        return;
+    }
+    thin.commit(None);
+    let event = thin.events.wait_for("job-failed");
+    let reason = event["properties"]["reason"].as_str().unwrap().to_owned();
+    assert!(reason.contains("holes.raw"), "{reason}");
+    assert_eq!(thin.jobs()[0]["state"], "failed");
+    assert_eq!(thin.config()["path"], json!(thin.overlay));
+    thin.settle();
+    let counters = thin.client.get("vm.counters");
+    assert_eq!(
+        counters["thin"]["write_ops"], CHUNKS,
+        "the guest is unharmed"
+    );
+    assert!(mount(&["-o", "remount,size=32m"], &small));
+    thin.commit(None);
+    thin.events.wait_for("job-completed");
+    thin.client.put("vm.delete");
+    let found = whole(&small.join("holes.raw"));
+    let whole_overlay = whole(&thin.overlay);
+    thin.ballast.assert_well();
+    drop(thin.client);
+    check(&thin.overlay);
+    let _ = Command::new("umount").arg("-l").arg(&small).status();
+    assert!(found == thin.content);
+    assert!(whole_overlay == thin.content);
+}
+
 #[test]
 fn a_commit_can_be_cancelled_locks_its_base_and_can_be_begun_again() {
     let mut thin = Thin::boot_with(|_, base| base, BEFORE);
@@ -346,6 +449,29 @@ fn what_can_not_be_committed_is_refused_by_field_and_changes_nothing() {
     readonly["readonly"] = json!(true);
     let mut full = disk("full", &overlay("full.qcow2", "full.raw", MIB));
     full["lock_granularity"] = json!("Full");
+    // Marked as not closed cleanly, and as corrupt: they can be read.
+    let marked = |name: &str, mark: u8| {
+        let below = ballast.path(&format!("{name}.below"));
+        let path = ballast.path(&format!("{name}.qcow2"));
+        for arguments in [
+            vec![below.to_str().unwrap(), "1M"],
+            vec![
+                "-F",
+                "qcow2",
+                "-b",
+                below.to_str().unwrap(),
+                path.to_str().unwrap(),
+            ],
+        ] {
+            let mut create = Command::new(binary());
+            create.args(["disk", "create", "-q", "-f", "qcow2"]);
+            assert!(create.args(arguments).status().unwrap().success());
+        }
+        let mut bytes = fs::read(&below).unwrap();
+        bytes[79] |= mark;
+        fs::write(&below, bytes).unwrap();
+        path
+    };
     let inside = overlay("inside.qcow2", "inside.raw", MIB);
     let has_snapshot = qemu_img(&["snapshot", "-c", "one"], &[&inside]);
     config["disks"] = json!([
@@ -355,6 +481,8 @@ fn what_can_not_be_committed_is_refused_by_field_and_changes_nothing() {
         full,
         disk("larger", &overlay("larger.qcow2", "larger.raw", 2 * MIB)),
         disk("inside", &inside),
+        disk("dirty", &marked("dirty", 1)),
+        disk("corrupt", &marked("corrupt", 2)),
         disk("first", &overlay("first.qcow2", "shared.raw", MIB)),
         disk("second", &overlay("second.qcow2", "shared.raw", MIB)),
         disk("replaced", &overlay("replaced.qcow2", "replaced.raw", MIB)),
@@ -379,6 +507,8 @@ fn what_can_not_be_committed_is_refused_by_field_and_changes_nothing() {
         (json!({"id": "ro"}), 400, "id: "),
         (json!({"id": "full"}), 400, "id: "),
         (json!({"id": "larger"}), 400, "larger.raw"),
+        (json!({"id": "dirty"}), 400, "dirty.below"),
+        (json!({"id": "corrupt"}), 400, "corrupt.below"),
         (json!({"id": "first"}), 409, "shared.raw"),
         (json!({"id": "replaced"}), 400, "replaced.raw"),
         (json!({"id": "gone"}), 400, "gone.raw"),
@@ -425,7 +555,7 @@ fn a_sigkill_while_a_disk_is_committed_loses_nothing() {
                 thin.events.wait_for("job-completed");
                 took = sent.elapsed();
             } else {
-                std::thread::sleep(took * round / 6);
+                std::thread::sleep(took * round / 10);
             }
             let Thin {
                 ballast,

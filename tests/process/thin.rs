@@ -44,12 +44,22 @@ impl Thin {
 
     /// And with what `disk io` did to the overlay before.
     pub fn boot_with(between: impl FnOnce(&Path, PathBuf) -> PathBuf, commands: &[&str]) -> Self {
+        Self::boot_as(between, commands, &json!({}))
+    }
+
+    /// And with these fields of the disk.
+    pub fn boot_as(
+        between: impl FnOnce(&Path, PathBuf) -> PathBuf,
+        commands: &[&str],
+        disk: &Value,
+    ) -> Self {
         let ballast = Ballast::start();
         let (mut client, events) = (ballast.api(), ballast.events());
         let base = filled_image(ballast.dir(), "base.raw", SIZE);
         let below = between(ballast.dir(), base.clone());
         let overlay = ballast.path("overlay.qcow2");
-        let format = if below == base { "Raw" } else { "Qcow2" };
+        let raw = below.extension().is_some_and(|e| e == "raw");
+        let format = if raw { "Raw" } else { "Qcow2" };
         client.put_json(
             "vm.create-disk",
             &json!({
@@ -63,12 +73,18 @@ impl Thin {
             content[chunk * WRITER_CHUNK..][..WRITER_CHUNK].copy_from_slice(&writer_chunk(chunk));
         }
         let kernel = disk_writer(ballast.dir(), CHUNKS);
-        let config = json!({
+        let mut config = json!({
             "memory": {"size": 64 * MIB}, "payload": {"kernel": kernel}, "disks": [{
                 "id": "thin", "path": overlay, "image_type": "Qcow2", "backing_files": true,
                 "pci_device_id": WRITER_SLOT,
             }],
         });
+        for (field, value) in disk.as_object().unwrap() {
+            config["disks"][0][field] = value.clone();
+        }
+        if let Some(queues) = disk["num_queues"].as_u64() {
+            config["cpus"] = json!({"boot_vcpus": queues, "max_vcpus": queues});
+        }
         client.put_json("vm.create", &config);
         client.put("vm.boot");
         Self {
