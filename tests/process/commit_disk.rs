@@ -243,8 +243,11 @@ fn a_commit_is_done_by_engines_of_every_kind() {
             }
             assert_eq!(config, now, "{disk}");
             assert!(disk["serial"].is_null() || now["serial"] == "mine", "{now}");
-            thin.client.put("vm.reboot");
-            thin.settle();
+            if config["num_queues"] == 2 {
+                // Now each has a thread of its own.
+                thin.client.put("vm.reboot");
+                thin.settle();
+            }
             thin.ballast.assert_well();
             thin.client.put("vm.delete");
             check(&thin.overlay);
@@ -541,7 +544,7 @@ fn a_sigkill_while_a_disk_is_committed_loses_nothing() {
     for qcow2 in [false, true] {
         // How long it takes when nobody is killed.
         let mut took = Duration::ZERO;
-        for round in 0..=7_u32 {
+        for round in 0..=4_u32 {
             let between = |folder: &Path, base| match qcow2 {
                 true => qcow2_between(folder, base),
                 false => base,
@@ -555,7 +558,7 @@ fn a_sigkill_while_a_disk_is_committed_loses_nothing() {
                 thin.events.wait_for("job-completed");
                 took = sent.elapsed();
             } else {
-                std::thread::sleep(took * round / 10);
+                std::thread::sleep(took * round / 6);
             }
             let Thin {
                 ballast,
@@ -592,5 +595,5 @@ fn a_sigkill_while_a_disk_is_committed_loses_nothing() {
             drop(folder);
         }
     }
-    eprintln!("{moved} of 16 bases had all of the disk");
+    eprintln!("{moved} of 10 bases had all of the disk");
 }

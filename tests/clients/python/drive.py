@@ -2,9 +2,10 @@
 
     drive.py BALLAST, with the generated package on the module path
 
-All there is to a VM that is never booted, which needs no guest.
+All there is to a VM that is never booted, and jobs on the disk of one whose guest sleeps.
 """
 
+import struct
 import subprocess
 import sys
 import tempfile
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import httpx
 from ballast_client import Client
-from ballast_client.api.devices import add_disk, remove_device
+from ballast_client.api.devices import add_disk, create_disk, remove_device
+from ballast_client.api.disks import cancel_job, commit_disk, get_jobs, set_job, snapshot_disk
+from ballast_client.api.disks import stream_disk
 from ballast_client.api.vm import boot_vm, create_vm, delete_vm, get_vm_info
 from ballast_client.api.vmm import ping_vmm, shutdown_vmm
-from ballast_client.models import CpusConfig, DiskConfig, MemoryConfig, VmConfig, VmInfo
-from ballast_client.models import VmmPingResponse, VmRemoveDevice, VmState
+from ballast_client.models import CpusConfig, DiskConfig, DiskSnapshot, ImageType, JobKind
+from ballast_client.models import JobState, MemoryConfig, NewDiskConfig, PayloadConfig
+from ballast_client.models import VmCancelJob, VmCommitDisk, VmConfig, VmInfo, VmmPingResponse
+from ballast_client.models import VmRemoveDevice, VmSetJob, VmSnapshotDisk, VmState, VmStreamDisk
 
 PATIENCE = 20
 passed = 0
@@ -57,6 +62,88 @@ def image(folder, name):
     with path.open("wb") as file:
         file.truncate(1 << 20)
     return str(path)
+
+
+def sleeper(folder):
+    """A guest that sleeps: an ELF file with a PVH entry, `cli; hlt; jmp`."""
+    entry, code = 0x100000, b"\xfa\xf4\xeb\xfd".ljust(64, b"\0")
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", entry)
+
+    def segment(kind, offset, size):
+        return struct.pack("<IIQQQQQQ", kind, 5, offset, entry, entry, size, size, 0x1000)
+
+    elf = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    elf += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, entry, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    elf += segment(1, 0x1000, len(code)) + segment(4, 0x200, len(note))
+    elf = elf.ljust(0x200, b"\0") + note
+    path = folder / "sleeper"
+    path.write_bytes(elf.ljust(0x1000, b"\0") + code)
+    return str(path)
+
+
+def ended(client, id):
+    """The job, when it has ended."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        job = next(job for job in get_jobs.sync(client=client) if job.id == id)
+        if job.state != JobState.RUNNING:
+            return job
+        time.sleep(0.05)
+    sys.exit(f"{id} does not end")
+
+
+def drive_jobs(folder, client):
+    base, overlay, upper = (str(folder / name) for name in ("base.raw", "o.qcow2", "n.qcow2"))
+    Path(base).write_bytes(b"\x07" * (1 << 20))
+    new = NewDiskConfig(
+        path=overlay,
+        image_type=ImageType.QCOW2,
+        backing_path=base,
+        backing_type=ImageType.RAW,
+    )
+    made = create_disk.sync_detailed(client=client, body=new)
+    check("an overlay is made", made.status_code == 204)
+    disk = DiskConfig(path=overlay, id="disk", image_type=ImageType.QCOW2, backing_files=True)
+    config = VmConfig(
+        memory=MemoryConfig(size=64 << 20),
+        payload=PayloadConfig(kernel=sleeper(folder)),
+        disks=[disk],
+    )
+    created = create_vm.sync_detailed(client=client, body=config)
+    check("a VM with it is created", created.status_code == 204)
+
+    def stream(**speed):
+        return stream_disk.sync_detailed(client=client, body=VmStreamDisk(id="disk", **speed))
+
+    def commit():
+        return commit_disk.sync_detailed(client=client, body=VmCommitDisk(id="disk"))
+
+    def cancel(id):
+        return cancel_job.sync_detailed(client=client, body=VmCancelJob(id=id))
+
+    check("no disk is in use yet", refusal(stream(), 409) and refusal(commit(), 409))
+    check("there are no jobs", get_jobs.sync(client=client) == [])
+    check("there is none to be changed", refusal(cancel("job0"), 404, "job0"))
+    check("it boots", boot_vm.sync_detailed(client=client).status_code == 204)
+    job = stream(speed=1).parsed
+    check("a job runs", job.kind == JobKind.STREAM and job.state == JobState.RUNNING)
+    check("and is the only one", refusal(commit(), 409, job.id))
+    faster = set_job.sync_detailed(client=client, body=VmSetJob(id=job.id, speed=2))
+    check("it goes faster", faster.status_code == 204)
+    check("it is cancelled", cancel(job.id).status_code == 204)
+    check("and ends so", ended(client, job.id).state == JobState.CANCELLED)
+    job = ended(client, stream().parsed.id)
+    check("another is done", job.state == JobState.COMPLETED and job.done_bytes == 1 << 20)
+    up = VmSnapshotDisk(disks=[DiskSnapshot(id="disk", path=upper)])
+    up = snapshot_disk.sync_detailed(client=client, body=up)
+    check("the disk goes up to an overlay", up.status_code == 204)
+    begun = commit().parsed
+    check("and down again", begun.kind == JobKind.COMMIT)
+    check("to the end", ended(client, begun.id).state == JobState.COMPLETED)
+    info = get_vm_info.sync(client=client)
+    check("to the image it had", info.config.disks[0].path == overlay)
+    check("which is on nothing", refusal(commit(), 400, "id: "))
+    check("that VM is deleted", delete_vm.sync_detailed(client=client).status_code == 204)
 
 
 def drive(folder, client, process):
@@ -101,6 +188,7 @@ def drive(folder, client, process):
     check("a known one is", remove("second").status_code == 204)
     check("the VM is deleted", delete_vm.sync_detailed(client=client).status_code == 204)
     check("and gone", refusal(get_vm_info.sync_detailed(client=client), 404))
+    drive_jobs(folder, client)
     check("the process ends", shutdown_vmm.sync_detailed(client=client).status_code == 204)
     check("without complaint", process.wait(PATIENCE) == 0)
 

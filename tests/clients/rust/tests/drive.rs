@@ -1,5 +1,9 @@
-//! Drives a real process with the generated client: all there is to a VM that is never booted,
-//! which needs no guest.
+//! Drives a real process with the generated client: all there is to a VM that is never booted, and
+//! jobs on the disk of one whose guest sleeps.
+
+#[path = "../../../support/payload.rs"]
+#[allow(dead_code, reason = "other tests have other guests")]
+mod payload;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -84,6 +88,102 @@ fn refusal<T: std::fmt::Debug>(answer: Result<T, Error<types::Errors>>) -> (u16,
 fn disk(id: &str, path: &str) -> types::DiskConfig {
     let disk = serde_json::json!({ "id": id, "path": path });
     serde_json::from_value(disk).expect("a disk")
+}
+
+/// Of a request's or a configuration's JSON.
+fn made<T: serde::de::DeserializeOwned>(json: serde_json::Value) -> T {
+    serde_json::from_value(json).expect("what the document allows")
+}
+
+/// Waits until a job has ended.
+async fn ended(client: &Client, id: &str) -> types::JobInfo {
+    for _ in 0..400 {
+        let jobs = client.get_jobs().await.expect("jobs").into_inner();
+        let job = jobs.into_iter().find(|job| job.id == id).expect("the job");
+        if job.state != types::JobState::Running {
+            return job;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{id} does not end");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_generated_client_leads_jobs_on_a_disk_in_use() {
+    let (mut ballast, client) = Ballast::start().await;
+    let folder = ballast.dir.path();
+    let at = |name: &str| folder.join(name).to_str().expect("UTF-8").to_owned();
+    let (base, overlay, next) = (at("base.raw"), at("overlay.qcow2"), at("next.qcow2"));
+    std::fs::write(&base, vec![7; 1 << 20]).expect("an image");
+    let new: types::NewDiskConfig = made(serde_json::json!({
+        "path": overlay, "image_type": "Qcow2", "backing_path": base, "backing_type": "Raw",
+    }));
+    client.create_disk(&new).await.expect("an overlay");
+    let config: types::VmConfig = made(serde_json::json!({
+        "memory": { "size": 64 << 20 },
+        "payload": { "kernel": payload::sleeper(folder) },
+        "disks": [{ "id": "disk", "path": overlay, "image_type": "Qcow2", "backing_files": true }],
+    }));
+    client.create_vm(&config).await.expect("create");
+    let stream = |speed: Option<u64>| -> types::VmStreamDisk {
+        made(serde_json::json!({ "id": "disk", "speed": speed }))
+    };
+    let commit = types::VmCommitDisk {
+        id: "disk".into(),
+        speed: None,
+    };
+    assert_eq!(refusal(client.stream_disk(&stream(None)).await).0, 409);
+    assert_eq!(refusal(client.commit_disk(&commit).await).0, 409);
+    assert!(client.get_jobs().await.expect("jobs").is_empty());
+    client.boot_vm().await.expect("boot");
+
+    // One so slow that it does not come to its end.
+    let job = client.stream_disk(&stream(Some(1))).await.expect("a job");
+    let job = job.into_inner();
+    assert_eq!(
+        (job.kind, job.state),
+        (types::JobKind::Stream, types::JobState::Running)
+    );
+    assert_eq!((job.total_bytes, job.disk.as_str()), (1 << 20, "disk"));
+    assert_eq!(refusal(client.commit_disk(&commit).await).0, 409);
+    let faster: types::VmSetJob = made(serde_json::json!({ "id": job.id, "speed": 2 }));
+    client.set_job(&faster).await.expect("set");
+    let cancel = types::VmCancelJob { id: job.id.clone() };
+    client.cancel_job(&cancel).await.expect("cancel");
+    assert_eq!(
+        ended(&client, &job.id).await.state,
+        types::JobState::Cancelled
+    );
+    let (status, reasons) = refusal(client.cancel_job(&cancel).await);
+    assert_eq!(status, 409);
+    assert!(reasons.concat().contains(&job.id));
+    let job = client.stream_disk(&stream(None)).await.expect("a job");
+    let job = ended(&client, &job.id).await;
+    assert_eq!(
+        (job.state, job.done_bytes),
+        (types::JobState::Completed, 1 << 20)
+    );
+
+    // Up to an overlay and down again.
+    let snapshot: types::VmSnapshotDisk =
+        made(serde_json::json!({ "disks": [{ "id": "disk", "path": next }] }));
+    client.snapshot_disk(&snapshot).await.expect("snapshot");
+    let path = async || {
+        let info = client.get_vm_info().await.expect("info").into_inner();
+        info.config.disks[0].path.clone()
+    };
+    assert_eq!(path().await, next);
+    let job = client.commit_disk(&commit).await.expect("a job");
+    assert_eq!(job.kind, types::JobKind::Commit);
+    let job = ended(&client, &job.id).await;
+    assert_eq!(job.state, types::JobState::Completed, "{:?}", job.reason);
+    assert_eq!(path().await, overlay);
+    let (status, reasons) = refusal(client.commit_disk(&commit).await);
+    assert_eq!(status, 400, "nothing is below it any more");
+    assert!(reasons.concat().contains("id: "));
+
+    client.shutdown_vmm().await.expect("shutdown");
+    assert!(ballast.wait().await.success());
 }
 
 #[tokio::test(flavor = "current_thread")]
