@@ -24,12 +24,14 @@ use super::control::Control;
 use super::extents::Extents;
 use super::io::{HostOp, Io, Kind as Do, Ticket};
 use super::leaks::{Marks, SnapshotTables};
-use super::lock::{RangeLock, locked};
+use super::lock::{RangeGuard, RangeLock, locked};
 use super::pages::{Kind, Pages};
 use super::refcounts::Widths;
 
 /// Of the topmost image, in its chain.
 pub const TOP: u16 = 0;
+/// What goes through memory of our own is hardly ever smaller.
+const SMALLEST: u64 = 4096;
 /// Operations that one request has under way at a time.
 const TICKETS: usize = 64;
 /// Offset of the incompatible features in the header.
@@ -94,6 +96,9 @@ pub struct Engine {
     pub flushing: RangeLock,
     /// Bounds the memory of copies on their way.
     pub copies: RangeLock,
+    /// Bounds the memory that reads of compressed clusters, and what O_DIRECT does not take, go
+    /// through. Whoever has a place waits for the host alone, never for a place of another lock.
+    pub bounces: RangeLock,
     pub inflated: Mutex<Inflated>,
     /// Taken by whoever changes the size of the disk; before all others.
     pub resizing: RangeLock,
@@ -520,6 +525,13 @@ impl Engine {
                 }
                 Found::Compressed(layer, cluster, within) => {
                     let name = (layer, cluster);
+                    let held = locked(&self.inflated).holds(name);
+                    let mut place = None;
+                    if !held {
+                        let number = position >> self.layout.cluster_bits;
+                        place = Some(self.bounce_place(number).await);
+                    }
+                    // Somebody may have read it meanwhile.
                     if !locked(&self.inflated).holds(name) {
                         let read = self.read_raw(layer, cluster.offset, cluster.len).await;
                         let filled = read.and_then(|(memory, skip)| {
@@ -535,11 +547,22 @@ impl Engine {
                     }
                     // Nothing was awaited since.
                     locked(&self.inflated).copy(within, &piece);
+                    drop(place);
                 }
             }
             position += span;
         }
         tickets.wait().await
+    }
+
+    /// A place among those who read or write through memory of our own. What is read of one
+    /// compressed cluster may be as much as two.
+    async fn bounce_place(&self, number: u64) -> RangeGuard {
+        let layouts = self.chain.layers.iter().filter_map(|layer| layer.layout());
+        let clusters = layouts.map(|layout| 2 * layout.cluster_bytes() as u64);
+        let most = clusters.fold(super::BOUNCE, u64::max);
+        let place = number % (super::COPY_BYTES / most).clamp(4, 256);
+        self.bounces.lock(place, place, true).await
     }
 
     async fn read_raw(
@@ -568,6 +591,7 @@ impl Engine {
     ) -> io::Result<()> {
         while piece.len_bytes() > 0 {
             let len = piece.len_bytes().min(super::BOUNCE);
+            let _place = self.bounce_place(offset / SMALLEST).await;
             let (start, skip, total) = enclosing(direct, offset, len as usize);
             let (memory, buffers) = own(total)?;
             self.begin_on(layer, Do::Read, start, 0, buffers)
@@ -590,6 +614,7 @@ impl Engine {
         }
         while buffers.len_bytes() > 0 {
             let len = buffers.len_bytes().min(super::BOUNCE);
+            let _place = self.bounce_place(offset / SMALLEST).await;
             let mut memory = AlignedBuffer::zeroed(len as usize, 4096)?;
             buffers.copy_to(memory.bytes_mut());
             let (_, bounce) = filled(memory)?;

@@ -214,6 +214,7 @@ impl Writable {
             allocating: RangeLock::default(),
             flushing: RangeLock::default(),
             copies: RangeLock::default(),
+            bounces: RangeLock::default(),
             inflated: Mutex::default(),
             resizing: RangeLock::default(),
             control: self.control,

@@ -52,7 +52,7 @@ impl Setup {
     }
 
     /// One whose clusters are compressed, some of them twice: in a snapshot as well.
-    fn compressed(kind: &str, size: u64) -> Option<Self> {
+    pub fn compressed(kind: &str, size: u64) -> Option<Self> {
         let setup = Self::over(kind, None, false, size)?;
         let raw = setup.folder.path().join("content.raw");
         let sectors = (0..size / 512).flat_map(|n| bytes_of(n << 32 | 0xee));
