@@ -7,6 +7,7 @@
 //!   request ── what a request does        lock ────── who waits for whom
 //!   engine ─── tables in memory, reads    allocate ── free space, refcounts
 //!   flush ──── what is written when       open ────── what is found out before the first request
+//!   tables ─── those that are made, or move
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   leaks ──── what a killed process left behind
 //!   populate ─ what is below comes into the image, which then needs it no more
@@ -34,6 +35,7 @@ mod populate;
 mod queue;
 mod refcounts;
 mod request;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod zero;
