@@ -24,14 +24,12 @@ use super::control::Control;
 use super::extents::Extents;
 use super::io::{HostOp, Io, Kind as Do, Ticket};
 use super::leaks::{Marks, SnapshotTables};
-use super::lock::{RangeGuard, RangeLock, locked};
+use super::lock::{RangeLock, locked};
 use super::pages::{Kind, Pages};
 use super::refcounts::Widths;
 
 /// Of the topmost image, in its chain.
 pub const TOP: u16 = 0;
-/// What goes through memory of our own is hardly ever smaller.
-const SMALLEST: u64 = 4096;
 /// Operations that one request has under way at a time.
 const TICKETS: usize = 64;
 /// Offset of the incompatible features in the header.
@@ -166,7 +164,8 @@ pub fn own_copy(bytes: &[&[u8]], len: usize) -> io::Result<(Arc<AlignedBuffer>, 
     filled(buffer)
 }
 
-fn filled(buffer: AlignedBuffer) -> io::Result<(Arc<AlignedBuffer>, Buffers)> {
+/// Memory of our own, filled already.
+pub fn filled(buffer: AlignedBuffer) -> io::Result<(Arc<AlignedBuffer>, Buffers)> {
     let buffer = Arc::new(buffer);
     let mut buffers = Buffers::default();
     let len = buffer.len_bytes();
@@ -205,7 +204,8 @@ impl Engine {
         })
     }
 
-    fn begin_on(&self, file: u16, kind: Do, offset: u64, len: u64, buffers: Buffers) -> Ticket {
+    /// The same on the file of any image of the chain.
+    pub fn begin_on(&self, file: u16, kind: Do, offset: u64, len: u64, buffers: Buffers) -> Ticket {
         // What was there when it was opened must still be. The clusters behind may not have been
         // written yet.
         let layer = self.chain.layers.get(usize::from(file));
@@ -498,133 +498,6 @@ impl Engine {
         bytes - (position & (bytes - 1))
     }
 
-    /// Reads from the disk, as the guest sees it; the clusters are locked.
-    pub async fn read(&self, mut position: u64, buffers: &mut Buffers) -> io::Result<()> {
-        let mut tickets = Tickets::default();
-        while buffers.len_bytes() > 0 {
-            let (found, span) = match self.look_up(position, buffers.len_bytes()).await {
-                Ok(found) => found,
-                Err(error) => {
-                    tickets.note(Err(error));
-                    break;
-                }
-            };
-            let mut piece = Buffers::default();
-            buffers.split_to(span, &mut piece);
-            match found {
-                Found::Zero => piece.zero(),
-                Found::Data(layer, offset) => {
-                    let direct = self.chain.layers.get(usize::from(layer));
-                    let direct = direct.and_then(|layer| layer.direct);
-                    if is_straight(direct, offset, &piece) {
-                        let ticket = self.begin_on(layer, Do::Read, offset, 0, piece);
-                        tickets.add(ticket).await;
-                    } else {
-                        tickets.note(self.read_bounced(layer, direct, offset, piece).await);
-                    }
-                }
-                Found::Compressed(layer, cluster, within) => {
-                    let name = (layer, cluster);
-                    let held = locked(&self.inflated).holds(name);
-                    let mut place = None;
-                    if !held {
-                        let number = position >> self.layout.cluster_bits;
-                        place = Some(self.bounce_place(number).await);
-                    }
-                    // Somebody may have read it meanwhile.
-                    if !locked(&self.inflated).holds(name) {
-                        let read = self.read_raw(layer, cluster.offset, cluster.len).await;
-                        let filled = read.and_then(|(memory, skip)| {
-                            let layer = self.chain.layers.get(usize::from(layer));
-                            let layout = layer.and_then(|l| l.layout()).ok_or(Errno::IO)?;
-                            let bytes = memory.bytes().get(skip..skip + cluster.len);
-                            locked(&self.inflated).fill(name, layout, bytes.unwrap_or(&[]))
-                        });
-                        if let Err(error) = filled {
-                            tickets.note(Err(error));
-                            break;
-                        }
-                    }
-                    // Nothing was awaited since.
-                    locked(&self.inflated).copy(within, &piece);
-                    drop(place);
-                }
-            }
-            position += span;
-        }
-        tickets.wait().await
-    }
-
-    /// A place among those who read or write through memory of our own. What is read of one
-    /// compressed cluster may be as much as two.
-    async fn bounce_place(&self, number: u64) -> RangeGuard {
-        let layouts = self.chain.layers.iter().filter_map(|layer| layer.layout());
-        let clusters = layouts.map(|layout| 2 * layout.cluster_bytes() as u64);
-        let most = clusters.fold(super::BOUNCE, u64::max);
-        let place = number % (super::COPY_BYTES / most).clamp(4, 256);
-        self.bounces.lock(place, place, true).await
-    }
-
-    async fn read_raw(
-        &self,
-        layer: u16,
-        offset: u64,
-        len: usize,
-    ) -> io::Result<(Arc<AlignedBuffer>, usize)> {
-        let direct = self.chain.layers.get(usize::from(layer));
-        let direct = direct.and_then(|layer| layer.direct);
-        let (start, skip, total) = enclosing(direct, offset, len);
-        let (memory, buffers) = own(total)?;
-        self.begin_on(layer, Do::Read, start, 0, buffers)
-            .wait()
-            .await
-            .0?;
-        Ok((memory, skip))
-    }
-
-    async fn read_bounced(
-        &self,
-        layer: u16,
-        direct: Option<Alignment>,
-        mut offset: u64,
-        mut piece: Buffers,
-    ) -> io::Result<()> {
-        while piece.len_bytes() > 0 {
-            let len = piece.len_bytes().min(super::BOUNCE);
-            let _place = self.bounce_place(offset / SMALLEST).await;
-            let (start, skip, total) = enclosing(direct, offset, len as usize);
-            let (memory, buffers) = own(total)?;
-            self.begin_on(layer, Do::Read, start, 0, buffers)
-                .wait()
-                .await
-                .0?;
-            let bytes = memory.bytes().get(skip..skip + len as usize);
-            piece.copy_from(bytes.unwrap_or(&[]));
-            piece.advance(len);
-            offset += len;
-        }
-        Ok(())
-    }
-
-    /// Writes data to a place in the file that is ours; offset and length are multiples of the
-    /// host's blocks.
-    pub async fn write_host(&self, mut offset: u64, mut buffers: Buffers) -> io::Result<()> {
-        if is_straight(self.direct, offset, &buffers) {
-            return self.host(Do::Write, offset, 0, buffers).await;
-        }
-        while buffers.len_bytes() > 0 {
-            let len = buffers.len_bytes().min(super::BOUNCE);
-            let _place = self.bounce_place(offset / SMALLEST).await;
-            let mut memory = AlignedBuffer::zeroed(len as usize, 4096)?;
-            buffers.copy_to(memory.bytes_mut());
-            let (_, bounce) = filled(memory)?;
-            self.host(Do::Write, offset, 0, bounce).await?;
-            buffers.advance(len);
-            offset += len;
-        }
-        Ok(())
-    }
-
     /// Whether any of the clusters of this range of the file holds metadata.
     pub fn is_reserved(&self, tables: &Tables, offset: u64, len: u64) -> bool {
         let cluster = self.cluster_bytes();
@@ -643,14 +516,6 @@ impl Engine {
             tables.l1_changed.insert(block, tables.l1_version);
         }
     }
-}
-
-/// Whether the host can take the buffers as they are.
-pub fn is_straight(direct: Option<Alignment>, offset: u64, buffers: &Buffers) -> bool {
-    direct.is_none_or(|direct| {
-        (offset | buffers.len_bytes()).is_multiple_of(direct.file.into())
-            && buffers.is_aligned(direct.memory, direct.file)
-    })
 }
 
 /// Offsets of the clusters of a range of the file.

@@ -1,13 +1,13 @@
 //! Writing.
 //!
 //! One thread owns the metadata of an image that is written to; its requests are futures ([`queue`])
-//! that go on when the host has done what they wait for ([`io`]).
+//! that go on when the host has done what they wait for ([`io`], [`hostop`]).
 //!
 //! ```text
 //!   request ── what a request does        lock ────── who waits for whom
-//!   engine ─── tables in memory, reads    allocate ── free space, refcounts
+//!   engine ─── tables in memory           allocate ── free space, refcounts
 //!   flush ──── what is written when       open ────── what is found out before the first request
-//!   tables ─── those that are made, or move
+//!   tables ─── those that are made, move  transfer ── data
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   leaks ──── what a killed process left behind
 //!   populate ─ what is below comes into the image, which then needs it no more
@@ -26,6 +26,7 @@ mod engine;
 mod extents;
 mod flush;
 mod grow;
+mod hostop;
 mod io;
 mod leaks;
 mod lock;
@@ -38,6 +39,7 @@ mod request;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod zero;
 
 pub use control::{Control, GrowError};
