@@ -7,9 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use super::enospc::Small;
 use super::guest::Guest;
-use super::job::{
-    BLOCK, PATIENCE, PLAIN, bytes_of, can_write, check, content, engines, over, speed,
-};
+use super::job::{BLOCK, PATIENCE, PLAIN, bytes_of, can_write, check, content, over, speed};
 use super::*;
 use crate::block::ImageType;
 use crate::block::job::{Job, JobKind, JobStatus};
@@ -97,9 +95,7 @@ fn images(folder: &Path, options: &str) -> (PathBuf, PathBuf) {
 #[test]
 fn a_disk_moves_down_to_its_raw_base_and_leaves_an_empty_image() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (setup, folder) in engines_in(folder.path()) {
         let (base, path) = images(&folder, "cluster_size=64k");
         let before = qemu::content(&path);
         let mut disk = Disk::on(&path, setup, over());
@@ -242,7 +238,7 @@ fn whatever_a_guest_does_meanwhile_is_in_a_base_of_another_version_too() {
 
 fn commit_while_it_is_used(kinds: impl Iterator<Item = usize>) {
     let Some(folder) = qemu::folder() else { return };
-    let setups: Vec<Setup> = engines().collect();
+    let setups: Vec<Setup> = setups().filter(|s| s.event_idx == s.direct).collect();
     for kind in kinds {
         let folder = folder.path().join(kind.to_string());
         std::fs::create_dir(&folder).unwrap();
@@ -303,7 +299,7 @@ fn commit_while_it_is_used(kinds: impl Iterator<Item = usize>) {
 #[test]
 fn a_commit_that_ends_early_leaves_the_disk_as_it_was_and_another_goes_on() {
     let Some(folder) = qemu::folder() else { return };
-    let setups: Vec<Setup> = engines().collect();
+    let setups: Vec<Setup> = setups().filter(|s| s.event_idx == s.direct).collect();
     for kind in [1, 5, 8] {
         let folder = folder.path().join(kind.to_string());
         std::fs::create_dir(&folder).unwrap();
@@ -368,9 +364,7 @@ fn a_commit_that_ends_early_leaves_the_disk_as_it_was_and_another_goes_on() {
 #[test]
 fn a_commit_goes_on_while_the_vm_is_paused_and_the_disk_stays_paused() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (setup, folder) in engines_in(folder.path()) {
         let (base, path) = images(&folder, "cluster_size=64k");
         let mut expected = qemu::content(&path);
         let mut disk = Disk::on(&path, setup, over());
@@ -407,10 +401,8 @@ fn a_commit_goes_on_while_the_vm_is_paused_and_the_disk_stays_paused() {
 fn a_base_that_is_smaller_grows_first() {
     let Some(folder) = qemu::folder() else { return };
     let kinds = [("raw", ""), ("qcow2", "-o cluster_size=64k")];
-    for ((number, setup), (format, options)) in engines().enumerate().zip(kinds.into_iter().cycle())
-    {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    let kinds = kinds.into_iter().cycle();
+    for ((setup, folder), (format, options)) in engines_in(folder.path()).zip(kinds) {
         let base = folder.join("base");
         let shown = base.display();
         qemu::img(&format!(
@@ -584,9 +576,7 @@ fn while_there_is_a_commit_nobody_else_opens_the_base_and_without_a_reader_may()
 #[test]
 fn disks_move_up_and_down_again_and_again() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (number, (setup, folder)) in engines_in(folder.path()).enumerate() {
         let base = folder.join("base.qcow2");
         let format = match number % 2 {
             0 => {
