@@ -143,29 +143,54 @@ pub fn measure(options: &Options) -> Vec<Row> {
     ]
 }
 
-/// A process with the VM created, and the guest's serial line.
-fn created(options: &Options) -> (Started, Agent) {
+/// Measures ballast and QEMU in turn, as often as is wanted; the figures of either.
+pub fn in_turn<T: Default>(
+    options: &Options,
+    what: &str,
+    with_ballast: impl Fn(&Options, &mut T),
+    with_qemu: impl Fn(&Path, &Options, &mut T),
+) -> (T, T) {
+    let (mut ours, mut theirs) = (T::default(), T::default());
+    for run in 1..=options.runs {
+        eprintln!("bench: {what} {run} of {}", options.runs);
+        with_ballast(options, &mut ours);
+        if let Some(qemu) = &options.qemu {
+            with_qemu(qemu, options, &mut theirs);
+        }
+    }
+    (ours, theirs)
+}
+
+/// A process with a VM created, of one vCPU and so much RAM, and the guest's serial line. `more` is
+/// what its configuration has beside.
+pub fn created(options: &Options, ram: u64, initramfs: &str, more: Value) -> (Started, Agent) {
     let mut started = host::start(&options.ballast);
     let serial = started.ballast.path("serial");
-    started.client.put_json(
-        "vm.create",
-        &json!({
-            "cpus": { "boot_vcpus": 1 },
-            "memory": { "size": RAM_BYTES },
-            "payload": {
-                "kernel": options.guest_file("vmlinux"),
-                "initramfs": options.guest_file("initramfs.cpio"),
-                "cmdline": CMDLINE,
-            },
-            "serial": { "mode": "Socket", "socket": serial },
-        }),
-    );
+    let mut config = json!({
+        "cpus": { "boot_vcpus": 1 },
+        "memory": { "size": ram },
+        "payload": {
+            "kernel": options.guest_file("vmlinux"),
+            "initramfs": options.guest_file(initramfs),
+            "cmdline": CMDLINE,
+        },
+        "serial": { "mode": "Socket", "socket": serial },
+    });
+    if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+        config.extend(more);
+    }
+    started.client.put_json("vm.create", &config);
     let agent = Agent::on_socket(&serial);
     (started, agent)
 }
 
+/// The VM that boots are measured with.
+fn small(options: &Options) -> (Started, Agent) {
+    created(options, RAM_BYTES, "initramfs.cpio", json!({}))
+}
+
 fn boot_ballast(options: &Options, boots: &mut Boots, parts: &mut Parts) {
-    let (started, agent) = created(options);
+    let (started, agent) = small(options);
     let (mut ballast, mut client) = (started.ballast, started.client);
     let sent = Instant::now();
     client.put("vm.boot");
@@ -256,7 +281,7 @@ fn seconds(line: &str) -> Option<Duration> {
 /// Plugs a disk into one guest and out again: from the answer until a loop in the guest has seen
 /// it, and what the way through the serial agent takes by itself.
 fn hot_add(options: &Options) -> (Samples, Samples) {
-    let (started, agent) = created(options);
+    let (started, agent) = small(options);
     let (mut ballast, mut client) = (started.ballast, started.client);
     let disk = empty_image(ballast.dir(), "disk.raw", 16 << 20);
     let events = ballast.events();

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::guest::{CMDLINE, Killed};
-use crate::host::{self, Started};
+use crate::guest::{CMDLINE, Killed, created, in_turn};
 use crate::support::agent::Agent;
 use crate::support::{PATIENCE, eventually};
 use crate::table::{Row, Samples};
@@ -37,14 +36,7 @@ struct Ways {
 
 /// Takes them all.
 pub fn measure(options: &Options) -> Vec<Row> {
-    let (mut ours, mut theirs) = (Ways::default(), Ways::default());
-    for run in 1..=options.runs {
-        eprintln!("bench: balloon {run} of {}", options.runs);
-        with_ballast(options, &mut ours);
-        if let Some(qemu) = &options.qemu {
-            with_qemu(qemu, options, &mut theirs);
-        }
-    }
+    let (ours, theirs): (Ways, Ways) = in_turn(options, "balloon", with_ballast, with_qemu);
     vec![
         row(
             "1 GiB of a 2 GiB guest → host",
@@ -74,23 +66,8 @@ fn row(figure: &'static str, ours: &Samples, theirs: &Samples) -> Row {
 }
 
 fn with_ballast(options: &Options, ways: &mut Ways) {
-    let mut started: Started = host::start(&options.ballast);
-    let serial = started.ballast.path("serial");
-    started.client.put_json(
-        "vm.create",
-        &json!({
-            "cpus": { "boot_vcpus": 1 },
-            "memory": { "size": RAM_BYTES },
-            "payload": {
-                "kernel": options.guest_file("vmlinux"),
-                "initramfs": options.guest_file("initramfs.cpio"),
-                "cmdline": CMDLINE,
-            },
-            "serial": { "mode": "Socket", "socket": serial },
-            "balloons": [{ "id": "balloon", "size": 0 }],
-        }),
-    );
-    let agent = Agent::on_socket(&serial);
+    let more = json!({ "balloons": [{ "id": "balloon", "size": 0 }] });
+    let (mut started, agent) = created(options, RAM_BYTES, "initramfs.cpio", more);
     started.client.put("vm.boot");
     let (mut ballast, mut client) = (started.ballast, started.client);
     let pid = ballast.pid();

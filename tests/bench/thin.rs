@@ -11,8 +11,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use crate::Options;
-use crate::guest::{CMDLINE, Killed};
-use crate::host::{self, Started};
+use crate::guest::{CMDLINE, Killed, created, in_turn};
 use crate::support::agent::Agent;
 use crate::table::{Row, Samples};
 
@@ -36,14 +35,7 @@ struct Rates {
 
 /// Takes them all.
 pub fn measure(options: &Options) -> Vec<Row> {
-    let (mut ours, mut theirs) = (Rates::default(), Rates::default());
-    for run in 1..=options.runs {
-        eprintln!("bench: thin disk {run} of {}", options.runs);
-        with_ballast(options, &mut ours);
-        if let Some(qemu) = &options.qemu {
-            with_qemu(qemu, options, &mut theirs);
-        }
-    }
+    let (ours, theirs): (Rates, Rates) = in_turn(options, "thin disk", with_ballast, with_qemu);
     vec![
         row(
             "4 KiB writes of a guest into an empty qcow2 image, depth 16",
@@ -84,26 +76,9 @@ fn image(folder: &Path) -> std::path::PathBuf {
 
 fn with_ballast(options: &Options, rates: &mut Rates) {
     let folder = tempfile::tempdir_in(&options.guest_dir).expect("a folder");
-    let mut started: Started = host::start(&options.ballast);
-    let serial = started.ballast.path("serial");
-    started.client.put_json(
-        "vm.create",
-        &json!({
-            "cpus": { "boot_vcpus": 1 },
-            "memory": { "size": RAM_BYTES },
-            "payload": {
-                "kernel": options.guest_file("vmlinux"),
-                "initramfs": options.guest_file("initramfs-fio.cpio"),
-                "cmdline": CMDLINE,
-            },
-            "serial": { "mode": "Socket", "socket": serial },
-            "disks": [{
-                "path": image(folder.path()),
-                "image_type": "Qcow2",
-            }],
-        }),
-    );
-    let agent = Agent::on_socket(&serial);
+    let disks = json!([{ "path": image(folder.path()), "image_type": "Qcow2" }]);
+    let more = json!({ "disks": disks });
+    let (mut started, agent) = created(options, RAM_BYTES, "initramfs-fio.cpio", more);
     started.client.put("vm.boot");
     write_and_read(&agent, rates);
     started.client.put("vmm.shutdown");

@@ -32,10 +32,27 @@ mod states;
 mod stream_disk;
 mod thin;
 
+use std::path::Path;
+use std::process::Command;
+
 use serde_json::Value;
 use support::ballast::Ballast;
+use support::eventually;
 use support::http::{Client, Response};
 use support::procfs::{Holdings, assert_holds_again};
+
+/// Runs what `command` makes, which must succeed, on an image that a process that was killed may
+/// still have: then again.
+#[track_caller]
+fn when_free(image: &Path, mut command: impl FnMut() -> Command) {
+    eventually("the image is free", || {
+        let done = command().output().unwrap();
+        let text = String::from_utf8_lossy(&done.stderr).into_owned();
+        let in_use = text.contains("in use");
+        assert!(done.status.success() || in_use, "{image:?}: {text}");
+        (!in_use).then_some(())
+    });
+}
 
 /// What a refused request must not change.
 struct Before {

@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::before;
+use super::{before, when_free};
 use crate::support::artifacts::empty_image;
 use crate::support::ballast::{Ballast, Launch, binary};
-use crate::support::eventually;
 use crate::support::http::Client;
 
 const MIB: u64 = 1 << 20;
@@ -36,16 +35,12 @@ fn move_on(pairs: &[(&str, &Path)]) -> Value {
 /// Our own `check`, and QEMU's where there is one. Waits while a process that was killed still has
 /// the image.
 fn check(image: &Path) {
-    eventually("the image can be checked", || {
-        let ours = Command::new(binary())
+    when_free(image, || {
+        let mut check = Command::new(binary());
+        check
             .args(["disk", "check", "-q", "-f", "qcow2"])
-            .arg(image)
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&ours.stderr).into_owned();
-        let in_use = text.contains("in use");
-        assert!(ours.status.success() || in_use, "{image:?}: {text}");
-        (!in_use).then_some(())
+            .arg(image);
+        check
     });
     let theirs = Command::new("qemu-img")
         .args(["check", "-U", "-q", "-f", "qcow2"])

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use super::when_free;
 use crate::support::artifacts::filled_image;
 use crate::support::ballast::{Ballast, binary};
 use crate::support::events::Events;
@@ -139,18 +140,12 @@ pub fn whole(image: &Path) -> Vec<u8> {
         return fs::read(image).unwrap();
     }
     let raw = image.with_extension("whole");
-    eventually("the image can be read", || {
+    when_free(image, || {
         let _ = fs::remove_file(&raw);
-        let done = Command::new(binary())
-            .args(["disk", "convert", "-f", "qcow2", "-O", "raw"])
-            .arg("--backing-files")
-            .args([image, &raw])
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&done.stderr).into_owned();
-        let in_use = text.contains("in use");
-        assert!(done.status.success() || in_use, "{image:?}: {text}");
-        (!in_use).then_some(())
+        let mut convert = Command::new(binary());
+        convert.args(["disk", "convert", "-f", "qcow2", "-O", "raw"]);
+        convert.arg("--backing-files").args([image, &raw]);
+        convert
     });
     fs::read(raw).unwrap()
 }

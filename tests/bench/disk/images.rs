@@ -18,6 +18,18 @@ pub fn qemu_img(arguments: &[&str]) -> String {
     text
 }
 
+/// Makes a qcow2 image; `options` as on its command line.
+fn create(options: &[&str], image: &Path, size: &[&str]) {
+    let made = [
+        &["create", "-q", "-f", "qcow2"],
+        options,
+        &[text(image)],
+        size,
+    ]
+    .concat();
+    qemu_img(&made);
+}
+
 fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")
 }
@@ -42,36 +54,25 @@ pub fn make(folder: &Path, case: &Case) -> PathBuf {
     match case.family {
         Family::Filled if image.exists() => {}
         Family::Filled => {
-            qemu_img(&["create", "-q", "-f", "qcow2", text(&image), &size]);
+            create(&[], &image, &[&size]);
             fill(&image, "qcow2", case.size());
         }
         Family::Huge if image.exists() => {}
         Family::Huge => huge(&image),
         Family::Empty => {
             let _ = std::fs::remove_file(&image);
-            qemu_img(&["create", "-q", "-f", "qcow2", text(&image), &size]);
+            create(&[], &image, &[&size]);
         }
         Family::Overlay => {
             let _ = std::fs::remove_file(&image);
             let below = path(folder, Family::Filled);
             if !below.exists() {
-                qemu_img(&["create", "-q", "-f", "qcow2", text(&below), &size]);
+                create(&[], &below, &[&size]);
                 fill(&below, "qcow2", case.size());
             }
             let options = "extended_l2=on,cluster_size=128k";
-            qemu_img(&[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-o",
-                options,
-                "-F",
-                "qcow2",
-                "-b",
-                text(&below),
-                text(&image),
-            ]);
+            let options = ["-o", options, "-F", "qcow2", "-b", text(&below)];
+            create(&options, &image, &[]);
         }
     }
     image
@@ -81,16 +82,7 @@ pub fn make(folder: &Path, case: &Case) -> PathBuf {
 pub fn huge(image: &Path) {
     let _ = std::fs::remove_file(image);
     let options = "preallocation=metadata";
-    qemu_img(&[
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        options,
-        text(image),
-        "1T",
-    ]);
+    create(&["-o", options], image, &["1T"]);
 }
 
 /// A raw image that has been written to all over.

@@ -24,11 +24,6 @@ pub(super) const PLAIN: Setup = Setup {
     event_idx: true,
 };
 
-/// Every combination of engine and cache mode.
-pub(super) fn engines() -> impl Iterator<Item = Setup> {
-    setups().filter(|setup| setup.event_idx == setup.direct)
-}
-
 pub(super) fn can_write(format: Format, path: &Path) -> bool {
     let options = OpenOptions {
         path: path.into(),
@@ -109,9 +104,7 @@ fn a_disk_in_use_comes_to_stand_alone_and_what_was_below_it_is_free() {
         "extended_l2=on,cluster_size=64k",
         "compat=0.10",
     ];
-    for (number, (setup, kind)) in engines().zip(kinds).enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (number, ((setup, folder), kind)) in engines_in(folder.path()).zip(kinds).enumerate() {
         let (base, path) = images(&folder, kind);
         let mut expected = expected(0, SIZE as usize);
         let mut disk = Disk::on(&path, setup, over());
@@ -130,7 +123,7 @@ fn a_disk_in_use_comes_to_stand_alone_and_what_was_below_it_is_free() {
                     left -= u64::from(done.load(Ordering::SeqCst));
                     let block = random.below(SIZE / BLOCK as u64);
                     let stamp = random.below(u64::MAX >> 1);
-                    write_block(driver, block, stamp);
+                    driver.write_at(block * 8, &bytes_of(stamp));
                     writes.push((block, stamp));
                 }
             });
@@ -166,24 +159,6 @@ fn a_disk_in_use_comes_to_stand_alone_and_what_was_below_it_is_free() {
         check(&next);
         assert!(qemu::content(&path) == expected, "{setup:?}");
     }
-}
-
-fn write_block(driver: &mut Driver, block: u64, stamp: u64) {
-    let mut header = [0; 16];
-    header[..4].copy_from_slice(&1_u32.to_le_bytes());
-    header[8..].copy_from_slice(&(block * 8).to_le_bytes());
-    driver.poke(HEADER, &header);
-    driver.poke(STATUS, &[0xee]);
-    driver.poke(DATA, &bytes_of(stamp));
-    let head = driver.chain(&[
-        (HEADER, 16, false),
-        (DATA, BLOCK as u32, false),
-        (STATUS, 1, true),
-    ]);
-    driver.offer(head);
-    driver.ring();
-    driver.wait_used();
-    assert_eq!(driver.peek(STATUS, 1), [OK]);
 }
 
 #[test]
@@ -248,9 +223,7 @@ fn all_of_a_chain_comes_into_its_topmost_image() {
         ),
         ("cluster_size=4k", "extended_l2=on", "cluster_size=1M"),
     ];
-    for (number, (setup, kind)) in engines().zip(kinds).enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (number, ((setup, folder), kind)) in engines_in(folder.path()).zip(kinds).enumerate() {
         let seed = number as u64 * 10;
         let plain = qemu::create(&folder, "plain.qcow2", "", SIZE);
         qemu::scribble(&plain, SIZE, 40, seed);
@@ -305,9 +278,7 @@ fn a_disk_with_a_job_keeps_its_image_and_its_size() {
 #[test]
 fn a_job_goes_on_while_the_vm_is_paused_and_the_disk_stays_paused() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (setup, folder) in engines_in(folder.path()) {
         let (base, path) = images(&folder, "cluster_size=64k");
         let mut disk = Disk::on(&path, setup, over());
         assert_eq!(disk.write(8, &bytes_of(1)), OK);
@@ -384,9 +355,7 @@ fn a_reset_does_not_end_a_job_and_the_end_of_the_disk_does() {
 #[test]
 fn what_can_not_be_read_below_ends_a_job_and_says_where() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (setup, folder) in engines_in(folder.path()) {
         let (base, path) = images(&folder, "cluster_size=64k");
         let mut disk = Disk::on(&path, setup, over());
         let file = File::options().write(true).open(&base).unwrap();

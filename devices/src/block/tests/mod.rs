@@ -19,6 +19,7 @@ mod snapshot;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use self::driver::{BUFFERS, Driver, memory, order_and_wait};
@@ -90,6 +91,20 @@ pub fn config(image: &tempfile::NamedTempFile, setup: Setup) -> DiskConfig {
     config
 }
 
+/// Every combination of engine and cache mode.
+fn engines() -> impl Iterator<Item = Setup> {
+    setups().filter(|setup| setup.event_idx == setup.direct)
+}
+
+/// The same, each with a folder of its own.
+fn engines_in(folder: &Path) -> impl Iterator<Item = (Setup, PathBuf)> {
+    engines().enumerate().map(move |(number, setup)| {
+        let folder = folder.join(number.to_string());
+        std::fs::create_dir(&folder).unwrap();
+        (setup, folder)
+    })
+}
+
 pub fn build(config: &DiskConfig) -> Result<(Block, Events), BuildError> {
     let events = Arc::new(Mutex::new(Vec::new()));
     let sink = events.clone();
@@ -103,6 +118,27 @@ pub fn build(config: &DiskConfig) -> Result<(Block, Events), BuildError> {
         discards: Inhibitor::default(),
     };
     Ok((Block::new(config, context)?, events))
+}
+
+impl Driver {
+    /// Writes to the disk from `sector` on, and waits until that is done.
+    fn write_at(&mut self, sector: u64, bytes: &[u8]) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&1_u32.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.poke(HEADER, &header);
+        self.poke(STATUS, &[0xee]);
+        self.poke(DATA, bytes);
+        let head = self.chain(&[
+            (HEADER, 16, false),
+            (DATA, bytes.len() as u32, false),
+            (STATUS, 1, true),
+        ]);
+        self.offer(head);
+        self.ring();
+        self.wait_used();
+        assert_eq!(self.peek(STATUS, 1), [OK]);
+    }
 }
 
 impl Disk {

@@ -24,6 +24,18 @@ pub(super) fn overlay(folder: &std::path::Path) -> (std::path::PathBuf, Vec<u8>)
     (path, content)
 }
 
+/// Offers a read whose header is at `base`, with the data and the status so far behind it.
+fn offer_read(disk: &mut Disk, sector: u64, base: u64, (data, len): (u64, u32), status: u64) {
+    disk.header(base, 0, sector);
+    let pieces = [
+        (base, 16, false),
+        (base + data, len, true),
+        (base + status, 1, true),
+    ];
+    let head = disk.driver.chain(&pieces);
+    disk.driver.offer(head);
+}
+
 #[test]
 fn a_thin_disk_is_read_within_the_filter_and_its_writes_are_refused() {
     let Some(folder) = qemu::folder() else { return };
@@ -49,14 +61,7 @@ fn a_thin_disk_is_read_within_the_filter_and_its_writes_are_refused() {
             let sector = |i: u64| (i * 331 + round * 1009) % (SIZE / 512 - 8);
             for i in 0..40 {
                 let base = BUFFERS + 0x10_0000 + i * 0x4000;
-                disk.header(base, 0, sector(i));
-                let pieces = [
-                    (base, 16, false),
-                    (base + 0x101, 4096, true),
-                    (base + 0x2000, 1, true),
-                ];
-                let head = disk.driver.chain(&pieces);
-                disk.driver.offer(head);
+                offer_read(&mut disk, sector(i), base, (0x101, 4096), 0x2000);
             }
             disk.driver.ring();
             for _ in 0..40 {
@@ -188,14 +193,7 @@ fn hit_ratio(path: &std::path::Path, readonly: bool, cache: Option<u64>) -> f64 
         for first in (0..72 * MIB / (32 << 10)).step_by(32) {
             for i in 0..32 {
                 let base = BUFFERS + i * 0x1000;
-                disk.header(base, 0, (first + i) * 64);
-                let pieces = [
-                    (base, 16, false),
-                    (base + 0x200, 512, true),
-                    (base + 0x400, 1, true),
-                ];
-                let head = disk.driver.chain(&pieces);
-                disk.driver.offer(head);
+                offer_read(&mut disk, (first + i) * 64, base, (0x200, 512), 0x400);
             }
             disk.driver.ring();
             for _ in 0..32 {

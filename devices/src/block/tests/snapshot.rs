@@ -18,11 +18,6 @@ const PLAIN: Setup = Setup {
     event_idx: true,
 };
 
-/// Every combination of engine and cache mode.
-fn engines() -> impl Iterator<Item = Setup> {
-    setups().filter(|setup| setup.event_idx == setup.direct)
-}
-
 fn options(path: &Path, readonly: bool) -> OpenOptions {
     OpenOptions {
         path: path.into(),
@@ -86,9 +81,7 @@ fn count(content: &[u8]) -> u64 {
 #[test]
 fn an_image_keeps_what_was_written_before_its_disk_moved_on_and_the_overlays_have_the_rest() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (setup, folder) in engines_in(folder.path()) {
         let base = raw(&folder, "base.raw");
         let mut disk = Disk::on(&base, setup, serde_json::json!({}));
         // Of all that the image has.
@@ -101,7 +94,7 @@ fn an_image_keeps_what_was_written_before_its_disk_moved_on_and_the_overlays_hav
             let done = &done;
             let guest = scope.spawn(move || {
                 for number in 0..blocks {
-                    write_block(driver, number);
+                    driver.write_at(number * 8, &numbered(number));
                     done.store(number + 1, Ordering::SeqCst);
                 }
             });
@@ -144,30 +137,10 @@ fn an_image_keeps_what_was_written_before_its_disk_moved_on_and_the_overlays_hav
     }
 }
 
-fn write_block(driver: &mut Driver, number: u64) {
-    let mut header = [0; 16];
-    header[..4].copy_from_slice(&1_u32.to_le_bytes());
-    header[8..].copy_from_slice(&(number * 8).to_le_bytes());
-    driver.poke(HEADER, &header);
-    driver.poke(STATUS, &[0xee]);
-    driver.poke(DATA, &numbered(number));
-    let head = driver.chain(&[
-        (HEADER, 16, false),
-        (DATA, BLOCK as u32, false),
-        (STATUS, 1, true),
-    ]);
-    driver.offer(head);
-    driver.ring();
-    driver.wait_used();
-    assert_eq!(driver.peek(STATUS, 1), [OK]);
-}
-
 #[test]
 fn thin_disks_move_on_with_all_that_was_not_flushed() {
     let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let folder = folder.path().join(number.to_string());
-        std::fs::create_dir(&folder).unwrap();
+    for (number, (setup, folder)) in engines_in(folder.path()).enumerate() {
         let base = qemu::create(&folder, "base.qcow2", "cluster_size=4096", SIZE);
         qemu::scribble(&base, SIZE, 40, number as u64);
         let mut content = qemu::content(&base);

@@ -10,18 +10,18 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::entry::Entries;
-use super::header::{self, Header, MAX_CLUSTER, OFFSET_LIMIT, Unusable};
+use super::header::{
+    self, AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS, Header, MAX_CLUSTER, OFFSET_LIMIT, Unusable,
+};
 
 /// Incompatible feature bit 0: refcounts may be too low.
 pub const DIRTY: u64 = 1;
 /// Incompatible feature bit 1.
 pub const CORRUPT: u64 = 2;
 const LAZY_REFCOUNTS: u64 = 1;
-const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Those whose meaning we keep up.
 const AUTOCLEAR_KNOWN: u64 = 3;
 
-const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const MAX_EXTRA: u32 = 1024;
 const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
 const MAX_BITMAPS: u32 = 65535;

@@ -32,6 +32,10 @@ const EXTENDED_L2: u64 = 1 << 4;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Where persistent bitmaps are.
+pub const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+/// Autoclear feature bit 0: the bitmaps know of all that was written.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
 
 /// Why an image can't be used.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -91,7 +95,7 @@ pub struct Writing {
     pub dirty: bool,
     /// Features that a writer must clear where it does not keep them up.
     pub autoclear: u64,
-    /// There are header extensions that we don't know: bitmaps, say. They may own clusters.
+    /// There are header extensions that we don't know. They may own clusters.
     pub unknown_extensions: bool,
 }
 
@@ -274,6 +278,8 @@ impl Extensions {
             match kind {
                 EXTENSION_BACKING_FORMAT => found.backing_format = Some(data.to_vec()),
                 EXTENSION_FEATURE_NAMES => found.feature_names = data.to_vec(),
+                // Without [`AUTOCLEAR_BITMAPS`] it says nothing, and owns nothing.
+                EXTENSION_BITMAPS => {}
                 _ => found.unknown = true,
             }
             at += 8 + len.next_multiple_of(8);

@@ -217,7 +217,8 @@ impl ChainQueue {
             }
         };
         self.recycle(op.buffers);
-        self.ready.extend(self.stalled.drain(..));
+        // One is enough: it has the next one go on, unless there is no room for itself.
+        self.ready.extend(self.stalled.pop_front());
         result
     }
 

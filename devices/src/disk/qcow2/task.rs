@@ -51,18 +51,24 @@ impl ChainQueue {
     pub(super) fn run(&mut self) {
         while let Some(number) = self.ready.pop_front() {
             let slot = self.tasks.get_mut(usize::from(number));
+            let mut stalled = false;
             if let Some(mut task) = slot.and_then(Option::take) {
-                self.advance(number, &mut task);
+                stalled = self.advance(number, &mut task);
                 match task.ops == 0 && (task.left == 0 || task.result.is_err()) {
                     true => self.complete(number, task),
                     false => self.tasks[usize::from(number)] = Some(task),
                 }
             }
+            // Not all of those that wait look again each time an op ends: there may be thousands.
+            if !stalled {
+                self.ready.extend(self.stalled.pop_front());
+            }
         }
     }
 
-    /// Starts ops for a task until there is nothing left to start, or it has to wait.
-    fn advance(&mut self, number: u16, task: &mut Task) {
+    /// Starts ops for a task until there is nothing left to start, or it has to wait; whether that
+    /// is for room.
+    fn advance(&mut self, number: u16, task: &mut Task) -> bool {
         while task.left > 0 && task.result.is_ok() {
             match self.step(number, task) {
                 Ok(()) => {}
@@ -71,16 +77,17 @@ impl ChainQueue {
                     if !self.stalled.contains(&number) {
                         self.stalled.push_back(number);
                     }
-                    return;
+                    return true;
                 }
                 Err(Pause::Slice(key)) => {
                     if !self.waiting.contains(&(key, number)) {
                         self.waiting.push((key, number));
                     }
-                    return;
+                    return false;
                 }
             }
         }
+        false
     }
 
     /// Looks up the next piece of a task's range and does what there is to do.

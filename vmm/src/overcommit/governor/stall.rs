@@ -4,7 +4,8 @@
 //! CPUs, and the time in which whoever is on the host waited for memory. A guest that rested
 //! because of that would leave a host that is short to its OOM killer, at just that moment.
 
-use super::{Inflating, Look, MIB, PAGE, part};
+use super::observe::Inflating;
+use super::{Look, MIB, PAGE, part};
 
 /// An inflation is looked at in windows of this length …
 const WINDOW_MS: u64 = 5000;

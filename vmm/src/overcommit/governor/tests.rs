@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
-use super::super::reading::{BalloonReading, Neighbours};
+use super::super::reading::{BalloonReading, CpuTime, HostReading, Neighbours, Pressure};
+use super::observe::*;
 use super::*;
 
 mod model;

@@ -158,3 +158,66 @@ fn a_file_that_is_cut_short_while_open_fails_reads() {
         engine.read(0, 512).unwrap();
     }
 }
+
+#[test]
+fn reads_of_compressed_clusters_take_only_so_much_memory_however_many_there_are() {
+    let Some(folder) = qemu::folder() else { return };
+    const CLUSTER: usize = 2 << 20;
+    const COUNT: usize = 12;
+    let mut random = Random(1);
+    let mut content = vec![0; COUNT * CLUSTER];
+    for cluster in content.chunks_mut(CLUSTER) {
+        // The half of it can't be compressed.
+        for word in cluster[..CLUSTER / 2].chunks_exact_mut(8) {
+            word.copy_from_slice(&random.below(u64::MAX).to_le_bytes());
+        }
+    }
+    let (raw, path) = (folder.path().join("raw"), folder.path().join("packed"));
+    std::fs::write(&raw, &content).unwrap();
+    let (from, to) = (raw.display(), path.display());
+    qemu::img(&format!(
+        "convert -c -f raw -O qcow2 -o cluster_size=2M {from} {to}"
+    ));
+    let mut options = options(&path);
+    // Nothing is there at once.
+    options.direct = true;
+    let (chain, _) = chain::Chain::open(&options).unwrap();
+    let depth = 1200;
+    let mut queue = queue::ChainQueue::new(Arc::new(chain), depth, false, None).unwrap();
+    let ranges = [(GuestAddress(0), usize::from(depth) * 4096)];
+    let memory: GuestRam = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+    let place = |tag: u16| {
+        let (cluster, piece) = (usize::from(tag) % COUNT, usize::from(tag) / COUNT);
+        cluster * CLUSTER + piece * 512
+    };
+    let mut most = 0;
+    for tag in 0..depth {
+        let mut buffers = Buffers::default();
+        let at = GuestAddress(u64::from(tag) * 4096);
+        buffers.push(&memory, at, 4096).unwrap();
+        queue.push(Request {
+            tag,
+            operation: Operation::Read,
+            offset: place(tag) as u64,
+            length: 4096,
+            buffers,
+        });
+        most = most.max(queue.own_bytes);
+    }
+    queue.start().unwrap();
+    let mut completed = Vec::new();
+    while queue.held() > 0 {
+        queue.wait(&mut completed).unwrap();
+        most = most.max(queue.own_bytes);
+    }
+    assert!((4 << 20..=9 << 20).contains(&most), "{most}");
+    assert_eq!(completed.len(), usize::from(depth));
+    for completion in completed {
+        completion.result.unwrap();
+        let mut bytes = [0; 4096];
+        let at = GuestAddress(u64::from(completion.tag) * 4096);
+        memory.read_slice(&mut bytes, at).unwrap();
+        let start = place(completion.tag);
+        assert!(bytes == content[start..start + 4096], "{}", completion.tag);
+    }
+}

@@ -97,6 +97,9 @@ pub struct Engine {
     pub flushing: RangeLock,
     /// Bounds the memory of copies on their way.
     pub copies: RangeLock,
+    /// Bounds the memory that reads of compressed clusters, and what O_DIRECT does not take, go
+    /// through. Whoever has a place waits for the host alone, never for a place of another lock.
+    pub bounces: RangeLock,
     pub inflated: Mutex<Inflated>,
     /// Taken by whoever changes the size of the disk; before all others.
     pub resizing: RangeLock,
@@ -164,7 +167,8 @@ pub fn own_copy(bytes: &[&[u8]], len: usize) -> io::Result<(Arc<AlignedBuffer>, 
     filled(buffer)
 }
 
-fn filled(buffer: AlignedBuffer) -> io::Result<(Arc<AlignedBuffer>, Buffers)> {
+/// Memory of our own, filled already.
+pub fn filled(buffer: AlignedBuffer) -> io::Result<(Arc<AlignedBuffer>, Buffers)> {
     let buffer = Arc::new(buffer);
     let mut buffers = Buffers::default();
     let len = buffer.len_bytes();
@@ -203,7 +207,8 @@ impl Engine {
         })
     }
 
-    fn begin_on(&self, file: u16, kind: Do, offset: u64, len: u64, buffers: Buffers) -> Ticket {
+    /// The same on the file of any image of the chain.
+    pub fn begin_on(&self, file: u16, kind: Do, offset: u64, len: u64, buffers: Buffers) -> Ticket {
         // What was there when it was opened must still be. The clusters behind may not have been
         // written yet.
         let layer = self.chain.layers.get(usize::from(file));
@@ -501,113 +506,6 @@ impl Engine {
         bytes - (position & (bytes - 1))
     }
 
-    /// Reads from the disk, as the guest sees it; the clusters are locked.
-    pub async fn read(&self, mut position: u64, buffers: &mut Buffers) -> io::Result<()> {
-        let mut tickets = Tickets::default();
-        while buffers.len_bytes() > 0 {
-            let (found, span) = match self.look_up(position, buffers.len_bytes()).await {
-                Ok(found) => found,
-                Err(error) => {
-                    tickets.note(Err(error));
-                    break;
-                }
-            };
-            let mut piece = Buffers::default();
-            buffers.split_to(span, &mut piece);
-            match found {
-                Found::Zero => piece.zero(),
-                Found::Data(layer, offset) => {
-                    let direct = self.chain.layers.get(usize::from(layer));
-                    let direct = direct.and_then(|layer| layer.direct);
-                    if is_straight(direct, offset, &piece) {
-                        let ticket = self.begin_on(layer, Do::Read, offset, 0, piece);
-                        tickets.add(ticket).await;
-                    } else {
-                        tickets.note(self.read_bounced(layer, direct, offset, piece).await);
-                    }
-                }
-                Found::Compressed(layer, cluster, within) => {
-                    let name = (layer, cluster);
-                    if !locked(&self.inflated).holds(name) {
-                        let read = self.read_raw(layer, cluster.offset, cluster.len).await;
-                        let filled = read.and_then(|(memory, skip)| {
-                            let layer = self.chain.layers.get(usize::from(layer));
-                            let layout = layer.and_then(|l| l.layout()).ok_or(Errno::IO)?;
-                            let bytes = memory.bytes().get(skip..skip + cluster.len);
-                            locked(&self.inflated).fill(name, layout, bytes.unwrap_or(&[]))
-                        });
-                        if let Err(error) = filled {
-                            tickets.note(Err(error));
-                            break;
-                        }
-                    }
-                    // Nothing was awaited since.
-                    locked(&self.inflated).copy(within, &piece);
-                }
-            }
-            position += span;
-        }
-        tickets.wait().await
-    }
-
-    async fn read_raw(
-        &self,
-        layer: u16,
-        offset: u64,
-        len: usize,
-    ) -> io::Result<(Arc<AlignedBuffer>, usize)> {
-        let direct = self.chain.layers.get(usize::from(layer));
-        let direct = direct.and_then(|layer| layer.direct);
-        let (start, skip, total) = enclosing(direct, offset, len);
-        let (memory, buffers) = own(total)?;
-        self.begin_on(layer, Do::Read, start, 0, buffers)
-            .wait()
-            .await
-            .0?;
-        Ok((memory, skip))
-    }
-
-    async fn read_bounced(
-        &self,
-        layer: u16,
-        direct: Option<Alignment>,
-        mut offset: u64,
-        mut piece: Buffers,
-    ) -> io::Result<()> {
-        while piece.len_bytes() > 0 {
-            let len = piece.len_bytes().min(super::BOUNCE);
-            let (start, skip, total) = enclosing(direct, offset, len as usize);
-            let (memory, buffers) = own(total)?;
-            self.begin_on(layer, Do::Read, start, 0, buffers)
-                .wait()
-                .await
-                .0?;
-            let bytes = memory.bytes().get(skip..skip + len as usize);
-            piece.copy_from(bytes.unwrap_or(&[]));
-            piece.advance(len);
-            offset += len;
-        }
-        Ok(())
-    }
-
-    /// Writes data to a place in the file that is ours; offset and length are multiples of the
-    /// host's blocks.
-    pub async fn write_host(&self, mut offset: u64, mut buffers: Buffers) -> io::Result<()> {
-        if is_straight(self.direct, offset, &buffers) {
-            return self.host(Do::Write, offset, 0, buffers).await;
-        }
-        while buffers.len_bytes() > 0 {
-            let len = buffers.len_bytes().min(super::BOUNCE);
-            let mut memory = AlignedBuffer::zeroed(len as usize, 4096)?;
-            buffers.copy_to(memory.bytes_mut());
-            let (_, bounce) = filled(memory)?;
-            self.host(Do::Write, offset, 0, bounce).await?;
-            buffers.advance(len);
-            offset += len;
-        }
-        Ok(())
-    }
-
     /// Whether any of the clusters of this range of the file holds metadata.
     pub fn is_reserved(&self, tables: &Tables, offset: u64, len: u64) -> bool {
         let cluster = self.cluster_bytes();
@@ -626,14 +524,6 @@ impl Engine {
             tables.l1_changed.insert(block, tables.l1_version);
         }
     }
-}
-
-/// Whether the host can take the buffers as they are.
-pub fn is_straight(direct: Option<Alignment>, offset: u64, buffers: &Buffers) -> bool {
-    direct.is_none_or(|direct| {
-        (offset | buffers.len_bytes()).is_multiple_of(direct.file.into())
-            && buffers.is_aligned(direct.memory, direct.file)
-    })
 }
 
 /// Offsets of the clusters of a range of the file.

@@ -15,6 +15,11 @@
 //! freed, or a power cut would bring back entries that refer to what others have got.
 //! Where an entry makes no sense nothing is freed: it may be what the entry meant.
 //!
+//! Bitmaps count until the first write, which clears their autoclear bit: they would not know of
+//! it. From then on nobody may use them (QEMU leaves their clusters to `qemu-img check -r leaks`),
+//! so the search waits for that write and takes them for the leaks they have become. Where nothing
+//! is written it waits to the end, and the bitmaps stay.
+//!
 //! Only clusters that nothing refers to are found, and not refcounts that are merely too high.
 
 use std::collections::HashSet;
@@ -94,6 +99,9 @@ impl Engine {
         if locked(&self.tables).marks.is_none() {
             return;
         }
+        if self.bitmaps_gone().await.is_err() {
+            return;
+        }
         let result = match self.mark_all().await {
             Ok(()) => match self.sync().await {
                 Ok(()) => self.free_unmarked().await,
@@ -116,6 +124,21 @@ impl Engine {
             ),
             Err(End::Host(error)) => tracing::warn!(%error, "searching a qcow2 image for leaks"),
         }
+    }
+
+    /// Waits until nothing says any more that bitmaps are right.
+    async fn bitmaps_gone(&self) -> Result<(), End> {
+        poll_fn(|context| {
+            if self.stopping.load(Ordering::Relaxed) {
+                return Poll::Ready(Err(End::Stopped));
+            }
+            if !locked(&self.tables).autoclear {
+                return Poll::Ready(Ok(()));
+            }
+            *locked(&self.breathing) = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await
     }
 
     async fn mark_all(&self) -> Result<(), End> {

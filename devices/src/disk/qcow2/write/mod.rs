@@ -1,12 +1,13 @@
 //! Writing.
 //!
 //! One thread owns the metadata of an image that is written to; its requests are futures ([`queue`])
-//! that go on when the host has done what they wait for ([`io`]).
+//! that go on when the host has done what they wait for ([`io`], [`hostop`]).
 //!
 //! ```text
 //!   request ── what a request does        lock ────── who waits for whom
-//!   engine ─── tables in memory, reads    allocate ── free space, refcounts
+//!   engine ─── tables in memory           allocate ── free space, refcounts
 //!   flush ──── what is written when       open ────── what is found out before the first request
+//!   tables ─── those that are made, move  transfer ── data
 //!   grow ───── a larger disk              control ─── what the image asks of its queue
 //!   leaks ──── what a killed process left behind
 //!   populate ─ what is below comes into the image, which then needs it no more
@@ -27,6 +28,7 @@ mod engine;
 mod extents;
 mod flush;
 mod grow;
+mod hostop;
 mod io;
 mod keep;
 mod leaks;
@@ -37,9 +39,11 @@ mod populate;
 mod queue;
 mod refcounts;
 mod request;
+mod tables;
 mod take;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod zero;
 
 pub use control::{Control, GrowError};

@@ -14,7 +14,7 @@ use super::super::super::pool::{Pool, Threads};
 use super::super::super::ring::{self, Ring};
 use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
-use super::super::header::{Header, OFFSET_LIMIT};
+use super::super::header::{AUTOCLEAR_BITMAPS, Header, OFFSET_LIMIT};
 use super::super::map::Layout;
 use super::control::Control;
 use super::engine::{Engine, Tables};
@@ -232,6 +232,7 @@ impl Writable {
             allocating: RangeLock::default(),
             flushing: RangeLock::default(),
             copies: RangeLock::default(),
+            bounces: RangeLock::default(),
             inflated: Mutex::default(),
             resizing: RangeLock::default(),
             control: self.control,
@@ -311,11 +312,14 @@ fn reserve(tables: &mut Tables, layout: &Layout, header: &Header) -> Result<(), 
 }
 
 /// Whether there is sense in a search for leaks: nothing may be in the file that we know nothing
-/// of, and where all of it was closed cleanly it is not worth to read so much.
+/// of, and where all of it was closed cleanly it is not worth to read so much. The first write takes
+/// bitmaps their meaning, and with it their clusters.
 fn may_have_leaks(tables: &Tables, layout: &Layout, header: &Header, unclean: bool) -> bool {
     let count = tables.l1.iter().filter(|entry| **entry != 0).count();
-    let worth = unclean || count * layout.cluster_bytes() <= SEARCHED_ANYHOW;
-    let known = header.writing.autoclear == 0 && !header.writing.unknown_extensions;
+    let bitmaps = header.writing.autoclear & AUTOCLEAR_BITMAPS != 0;
+    let worth = unclean || bitmaps || count * layout.cluster_bytes() <= SEARCHED_ANYHOW;
+    let others = header.writing.autoclear & !AUTOCLEAR_BITMAPS != 0;
+    let known = !others && !header.writing.unknown_extensions;
     let bounded = count <= MAX_TABLES && tables.end >> layout.cluster_bits <= MAX_CLUSTERS;
     worth && known && bounded
 }

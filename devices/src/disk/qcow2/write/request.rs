@@ -18,9 +18,10 @@ use super::super::super::buffers::{AlignedBuffer, Buffers};
 use super::super::chain::Found;
 use super::super::map::{Corrupt, Layout, Place};
 use super::cluster::{Cluster, Host};
-use super::engine::{Engine, Tables, Tickets, clusters_of, is_straight, own};
+use super::engine::{Engine, Tables, Tickets, clusters_of, own};
 use super::io::Kind as Do;
 use super::lock::locked;
+use super::transfer::is_straight;
 use super::zero::Zeroing;
 
 /// What becomes of the next piece of a write.

@@ -133,6 +133,17 @@ fn nothing_that_a_snapshot_or_compressed_data_needs_is_taken_for_a_leak() {
     }
 }
 
+/// Opens it, has the search go as far as it goes, and closes it.
+fn open_and_look(path: &Path) {
+    let queue = writable(&super::options(path, false, false)).for_test(true);
+    let mut driver = Driver::new(queue, &vec![0; 2 << 20], 1);
+    for _ in 0..100 {
+        driver.queue.start().unwrap();
+        driver.queue.poll(&mut Vec::new()).unwrap();
+    }
+    assert_eq!(driver.queue.control().leaks(), None);
+}
+
 #[test]
 fn nothing_is_freed_where_an_entry_makes_no_sense_or_somebody_else_may_own_clusters() {
     let Some(folder) = qemu::folder() else { return };
@@ -153,29 +164,92 @@ fn nothing_is_freed_where_an_entry_makes_no_sense_or_somebody_else_may_own_clust
         .unwrap();
     damaged[at + 7] |= 2;
     std::fs::write(&path, &damaged).unwrap();
-    let queue = writable(&super::options(&path, false, false)).for_test(true);
-    let mut driver = Driver::new(queue, &vec![0; 2 << 20], 1);
-    for _ in 0..100 {
-        driver.queue.start().unwrap();
-        driver.queue.poll(&mut Vec::new()).unwrap();
-    }
-    assert_eq!(driver.queue.control().leaks(), None);
-    drop(driver);
+    open_and_look(&path);
     assert!(std::fs::read(&path).unwrap() == damaged, "it was changed");
 
-    // A bitmap.
+    // What an extension that we don't know may own.
+    std::fs::write(&path, &sound).unwrap();
+    let mut header = sound.clone();
+    assert_eq!(header[104..112], [0; 8], "it has no compression type");
+    let start = u32::from_be_bytes(sound[100..104].try_into().unwrap()) as usize;
+    header[start..start + 4].copy_from_slice(&0x1234_5678_u32.to_be_bytes());
+    std::fs::write(&path, &header).unwrap();
+    open_and_look(&path);
+    assert!(std::fs::read(&path).unwrap() == header, "it was changed");
+
+    // A bitmap that is in use.
     std::fs::write(&path, &sound).unwrap();
     qemu::img(&format!("bitmap --add {} dirty", path.display()));
     let before = std::fs::read(&path).unwrap();
-    let queue = writable(&super::options(&path, false, false)).for_test(true);
-    let mut driver = Driver::new(queue, &vec![0; 2 << 20], 1);
-    for _ in 0..100 {
-        driver.queue.start().unwrap();
-        driver.queue.poll(&mut Vec::new()).unwrap();
-    }
-    assert_eq!(driver.queue.control().leaks(), None);
-    drop(driver);
+    open_and_look(&path);
     assert!(std::fs::read(&path).unwrap() == before, "it was changed");
+}
+
+#[test]
+fn clusters_of_a_bitmap_are_free_once_something_was_written_without_it() {
+    let Some(folder) = qemu::folder() else { return };
+    for (number, options) in ["cluster_size=64k", "cluster_size=4k"].iter().enumerate() {
+        for sync in [false, true] {
+            let name = format!("{number}-{sync}.qcow2");
+            let path = qemu::create(folder.path(), &name, options, 8 * MIB);
+            let name = path.display();
+            qemu::img(&format!("bitmap --add -g 512 {name} dirty"));
+            qemu::img(&format!("bitmap --add -g 4096 {name} other"));
+            qemu::io(&path, &["write -P 0 0 4M".to_owned()]);
+            qemu::img(&format!("check -q -f qcow2 {name}"));
+            let queue = writable(&super::options(&path, false, sync)).for_test(sync);
+            let mut driver = Driver::new(queue, &vec![0; 8 << 20], 1);
+            driver.push(0, Operation::Read, 0, 8);
+            driver.finish();
+            assert_eq!(driver.queue.control().leaks(), None);
+            driver.run(40);
+            search(&mut driver);
+            // A directory, and a table for each.
+            assert!(driver.queue.control().returned() >= 3);
+            driver.run(40);
+            assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+            driver.flush();
+            let Driver { queue, sectors, .. } = driver;
+            drop(queue);
+            qemu::img(&format!("check -q -f qcow2 {name}"));
+            let content = qemu::content(&path);
+            for (number, (sector, bytes)) in (0..).zip(sectors.iter().zip(content.chunks(512))) {
+                sector.assert_now(bytes, number);
+            }
+            // It may have bitmaps again.
+            qemu::img(&format!("bitmap --add {name} new"));
+            qemu::img(&format!("check -q -f qcow2 {name}"));
+        }
+    }
+}
+
+#[test]
+fn clusters_of_a_bitmap_that_somebody_else_took_the_meaning_are_leaks() {
+    let Some(folder) = qemu::folder() else { return };
+    let path = qemu::create(folder.path(), "a.qcow2", "cluster_size=4k", 8 * MIB);
+    let name = path.display();
+    qemu::img(&format!("bitmap --add {name} dirty"));
+    let mut bytes = std::fs::read(&path).unwrap();
+    assert_eq!(bytes[88..96], [0, 0, 0, 0, 0, 0, 0, 1]);
+    bytes[95] = 0;
+    std::fs::write(&path, &bytes).unwrap();
+    let leaks = check::Image::new(&bytes).check();
+    assert!(leaks > 0);
+    let queue = writable(&super::options(&path, false, true)).for_test(true);
+    let mut driver = Driver::new(queue, &vec![0; 8 << 20], 1);
+    search(&mut driver);
+    assert_eq!(driver.queue.control().returned(), leaks);
+    drop(driver);
+    qemu::img(&format!("check -q -f qcow2 {name}"));
+}
+
+/// Closes an image with which nothing is wrong.
+fn close_soundly(mut driver: Driver, path: &Path) {
+    driver.flush();
+    assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+    assert!(!driver.queue.is_lost());
+    drop(driver);
+    qemu::img(&format!("check -q -f qcow2 {}", path.display()));
 }
 
 #[test]
@@ -197,11 +271,7 @@ fn what_was_given_up_and_not_flushed_yet_is_not_freed_twice() {
         driver.push(0, Operation::Discard, 0, 1024);
         search(&mut driver);
         assert_eq!(driver.queue.control().returned(), 0);
-        driver.flush();
-        assert!(driver.errors.is_empty(), "{:?}", driver.errors);
-        assert!(!driver.queue.is_lost());
-        drop(driver);
-        qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+        close_soundly(driver, &path);
     }
 }
 
@@ -259,11 +329,7 @@ fn a_table_that_moved_before_the_search_began_is_not_freed_twice() {
     assert!(table(&std::fs::read(&path).unwrap()) != before);
     search(&mut driver);
     assert_eq!(driver.queue.control().returned(), 0);
-    driver.flush();
-    assert!(driver.errors.is_empty(), "{:?}", driver.errors);
-    assert!(!driver.queue.is_lost());
-    drop(driver);
-    qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+    close_soundly(driver, &path);
 }
 
 #[test]

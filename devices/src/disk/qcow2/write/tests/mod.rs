@@ -1,5 +1,6 @@
 //! The engine that writes: against QEMU's tools, against a model, through power cuts and faults.
 
+mod bounds;
 mod check;
 mod crash;
 mod geometries;

@@ -39,6 +39,8 @@ pub struct Host {
     pub no_sync: Option<Errno>,
     /// The file can't become longer than this.
     pub room: usize,
+    /// The most operations that there were under way at a time.
+    pub most_begun: usize,
     begun: BTreeMap<usize, (u64, bool)>,
     backing: Vec<Vec<u8>>,
 }
@@ -60,6 +62,7 @@ pub fn host(path: &Path, below: &[&Path], seed: u64) -> Shared {
         fail: None,
         no_sync: None,
         room: usize::MAX,
+        most_begun: 0,
         begun: BTreeMap::new(),
         backing: below.iter().map(|p| std::fs::read(p).unwrap()).collect(),
     }))
@@ -126,6 +129,7 @@ impl Simulation for Player {
             host.changes += 1;
         }
         host.begun.insert(number, (now, fails));
+        host.most_begun = host.most_begun.max(host.begun.len());
     }
 
     fn choose(&mut self) -> Option<usize> {
