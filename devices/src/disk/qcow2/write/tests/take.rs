@@ -115,8 +115,7 @@ fn an_image_that_is_emptied_shows_the_base_at_every_moment() {
         step(&mut driver, Step::Empty, 0).unwrap();
         let end = shared.lock().unwrap().now;
         let mut random = Random(number);
-        let times = (begin..=end).step_by(((end - begin) / 20).max(1) as usize);
-        for time in times.flat_map(|time| [time; 2]) {
+        for time in (begin..=end).step_by(((end - begin) / 12).max(1) as usize) {
             let bytes = shared.lock().unwrap().after_cut(time, &mut random);
             let image = check::Image::new(&bytes);
             image.check();
