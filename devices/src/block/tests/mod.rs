@@ -91,10 +91,14 @@ pub fn config(image: &tempfile::NamedTempFile, setup: Setup) -> DiskConfig {
     config
 }
 
-/// Every combination of engine and cache mode, each with a folder of its own.
+/// Every combination of engine and cache mode.
+fn engines() -> impl Iterator<Item = Setup> {
+    setups().filter(|setup| setup.event_idx == setup.direct)
+}
+
+/// The same, each with a folder of its own.
 fn engines_in(folder: &Path) -> impl Iterator<Item = (Setup, PathBuf)> {
-    let engines = setups().filter(|setup| setup.event_idx == setup.direct);
-    engines.enumerate().map(move |(number, setup)| {
+    engines().enumerate().map(move |(number, setup)| {
         let folder = folder.join(number.to_string());
         std::fs::create_dir(&folder).unwrap();
         (setup, folder)
