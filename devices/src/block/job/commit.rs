@@ -98,11 +98,7 @@ impl Work {
         wake();
         loop {
             if let Some(reply) = self.finish.take() {
-                let result = self.copy_changed(&mut base).and_then(|()| {
-                    // Twice: the first lets go of what the second records.
-                    self.flush(&mut base)?;
-                    self.flush(&mut base)
-                });
+                let result = self.copy_rest(&mut base);
                 drop(base);
                 let told = result.as_ref().copied().map_err(End::to_string);
                 // Nobody may be waiting any more.
@@ -114,6 +110,18 @@ impl Work {
                 self.copy_changed(&mut base)?;
                 self.flush(&mut base)?;
             }
+        }
+    }
+
+    /// Copies all that is left, of a disk that stands still.
+    fn copy_rest(&mut self, base: &mut Base) -> Result<(), End> {
+        self.copy_changed(base)?;
+        // Twice: the first lets go of what the second records.
+        self.flush(base)?;
+        self.flush(base)?;
+        match base.tracking.bytes() {
+            0 => Ok(()),
+            _ => Err(End::Failed("the disk does not stand still".into())),
         }
     }
 

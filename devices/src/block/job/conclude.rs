@@ -51,7 +51,14 @@ impl Job {
         block: &Block,
         go_on: bool,
     ) -> Result<Option<String>, ConcludeError> {
-        let refuse = |reason| Err(BuildError::from(Invalid::new("id", reason)).into());
+        let kind = self.kind;
+        let refuse = |reason| {
+            let error = Invalid::new("id", reason).into();
+            Err(match kind {
+                JobKind::Stream => ConcludeError::StillOpen(error),
+                JobKind::Commit => ConcludeError::NotMoved(error),
+            })
+        };
         if *self.shared.status() != JobStatus::Ready {
             return refuse("the job is not ready");
         }

@@ -535,7 +535,8 @@ fn a_commit_that_is_not_ready_or_of_another_disk_is_not_concluded() {
     let before = qemu::content(&path);
     let disk = Disk::on(&path, PLAIN, over());
     let (mut job, told) = begin(&disk.block, speed(1));
-    job.conclude(&disk.block, true).unwrap_err();
+    let error = job.conclude(&disk.block, true).unwrap_err();
+    assert!(error.to_string().contains("stays on its image"), "{error}");
     job.set_speed(None);
     ready(&job, &told);
     let mut other = Disk::new(PLAIN);

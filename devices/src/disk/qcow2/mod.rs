@@ -15,6 +15,9 @@
 //! cache, whose lock is held for a lookup and never over I/O. One that is written to has one queue
 //! (`write`), whose thread owns the metadata.
 //!
+//! What lies below an image in use is opened to be written to as well (`commit`), in a way that the
+//! reader does not notice (`write/keep.rs`).
+//!
 //! Images that nobody uses are made (`create`), looked at (`info`, `extents`) and checked and mended
 //! (`check`) by plain reads and writes, with no queue.
 
