@@ -471,6 +471,50 @@ fn a_base_without_space_ends_a_commit_and_with_more_space_another_goes_on() {
 }
 
 #[test]
+fn a_base_without_space_for_the_rest_leaves_the_disk_on_its_image() {
+    let Some(folder) = qemu::folder() else { return };
+    for (sync, format) in [(true, Format::Raw), (false, Format::Qcow2)] {
+        let Some(small) = Small::new() else { return };
+        let base = small.path("base");
+        let shown = base.display();
+        qemu::img(&format!("create -q -f {} {shown} {SIZE}", format.name()));
+        let folder = folder.path().join(format.name());
+        std::fs::create_dir(&folder).unwrap();
+        let options = format!("backing_file={shown},backing_fmt={}", format.name());
+        let path = qemu::create(&folder, "top.qcow2", &options, SIZE);
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        small.fill();
+        let mut expected = vec![0; SIZE as usize];
+        for at in (0..SIZE).step_by(1 << 20).take(3) {
+            let bytes: Vec<u8> = bytes_of(at + 1).repeat(16);
+            assert_eq!(disk.write(at / 512, &bytes), OK);
+            expected[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        }
+        let error = job.conclude(&disk.block, true).unwrap_err().to_string();
+        assert!(error.contains("stays on its image"), "{error}");
+        assert!(error.contains("No space left"), "{error}");
+        let JobStatus::Failed(reason) = job.end().status else {
+            panic!("{error}");
+        };
+        assert!(error.contains(&reason), "{reason}");
+        assert_eq!(disk.block.config().path, path);
+        assert!(content(&mut disk) == expected);
+        assert_eq!(disk.flush(), OK);
+        assert!(content_shared(&path) == expected);
+        small.make_space();
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        job.conclude(&disk.block, true).unwrap();
+        assert!(content(&mut disk) == expected);
+        assert!(disk.io_errors().is_empty());
+        drop((job, disk));
+        assert!(content_of(&base, format) == expected);
+    }
+}
+
+#[test]
 fn what_can_not_be_committed_is_refused_and_says_why() {
     let Some(folder) = qemu::folder() else { return };
     let (base, path) = images(folder.path(), "cluster_size=64k");
