@@ -601,6 +601,14 @@ fn what_can_not_be_committed_is_refused_and_says_why() {
     let reason = refused(&disk.block);
     assert!(reason.contains("a job"), "{reason}");
     drop(job);
+    // Or comes there meanwhile.
+    let (mut job, told) = begin(&disk.block, None);
+    ready(&job, &told);
+    std::fs::rename(&base, &away).unwrap();
+    let error = job.conclude(&disk.block, true).unwrap_err().to_string();
+    assert!(error.contains("no longer"), "{error}");
+    std::fs::rename(&away, &base).unwrap();
+    drop(job);
     drop(disk);
     qemu::img(&format!("snapshot -c one {}", path.display()));
     let disk = Disk::on(&path, PLAIN, over());
