@@ -1,18 +1,20 @@
 //! `vm.stream-disk` and the jobs: disks that come to stand alone, over the API of a real process.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::before;
+use super::full_disk::mount;
 use super::thin::{CHUNKS, MIB, SIZE, SLOW, Thin, check, check_for, open_files, qemu_img, whole};
 use crate::support::artifacts::empty_image;
 use crate::support::ballast::{Ballast, binary};
 use crate::support::events::Mark;
-use crate::support::payload::WRITER_CHUNK;
+use crate::support::eventually;
+use crate::support::payload::{WRITER_CHUNK, WRITER_SLOT, disk_writer, writer_chunk};
 
 #[test]
 fn a_disk_in_use_comes_to_stand_alone_and_lets_go_of_what_was_below() {
@@ -365,4 +367,109 @@ fn a_sigkill_while_a_disk_is_streamed_loses_nothing() {
     }
     eprintln!("{alone} of 11 images stood alone");
     assert!(alone >= 1, "the first one does");
+}
+
+#[test]
+fn how_far_a_job_has_come_is_told_while_it_is_at_work() {
+    let mut thin = Thin::boot();
+    thin.stream(Some(SLOW));
+    let done = |event: &Value| -> u64 {
+        let done = event["properties"]["done_bytes"].as_str().unwrap();
+        done.parse().unwrap()
+    };
+    let first = thin.events.wait_for("job-progress");
+    assert_eq!(first["source"], "virtio-device");
+    let properties = &first["properties"];
+    assert_eq!(
+        (&properties["job"], &properties["id"], &properties["kind"]),
+        (&json!("job0"), &json!("thin"), &json!("stream"))
+    );
+    assert_eq!(properties["total_bytes"], SIZE.to_string());
+    assert!((1..SIZE).contains(&done(&first)), "{first}");
+    // So that it comes further, and not to its end.
+    let faster = json!({"id": "job0", "speed": 8 * SLOW});
+    thin.client.put_json("vm.set-job", &faster);
+    let further = |event: &Value| done(event) > done(&first);
+    let second = thin.events.wait_after(Mark::START, "job-progress", further);
+    assert!(done(&second) < SIZE, "{second}");
+    thin.client
+        .put_json("vm.set-job", &json!({"id": "job0", "speed": null}));
+    thin.events.wait_for("job-completed");
+    thin.events.assert_order(&[
+        "virtio-device:job-started",
+        "virtio-device:job-progress",
+        "virtio-device:job-progress",
+        "virtio-device:job-completed",
+    ]);
+}
+
+/// What a disk holds, as its host is full, belongs to no image yet, and goes on to the one that
+/// stands alone.
+#[test]
+fn a_job_that_needs_no_room_ends_while_its_disk_holds_writes_and_loses_none() {
+    let ballast = Ballast::start();
+    let (mut client, events) = (ballast.api(), ballast.events());
+    let folder = ballast.path("small");
+    fs::create_dir(&folder).unwrap();
+    if !mount(&["-t", "tmpfs", "-o", "size=1m", "tmpfs"], &folder) {
+        eprintln!("SKIPPED: no tmpfs can be mounted here");
+        return;
+    }
+    let _mounted = Mounted(folder.clone());
+    let base = empty_image(ballast.dir(), "base.raw", SIZE);
+    let overlay = folder.join("overlay.qcow2");
+    client.put_json(
+        "vm.create-disk",
+        &json!({
+            "path": overlay, "image_type": "Qcow2", "backing_path": base, "backing_type": "Raw",
+        }),
+    );
+    let kernel = disk_writer(ballast.dir(), CHUNKS);
+    let config = json!({
+        "memory": {"size": 64 * MIB}, "payload": {"kernel": kernel}, "disks": [{
+            "id": "thin", "path": overlay, "image_type": "Qcow2", "backing_files": true,
+            "pci_device_id": WRITER_SLOT,
+        }],
+    });
+    client.put_json("vm.create", &config);
+    client.put("vm.boot");
+    events.wait_for_device(Mark::START, "disk-full", "thin");
+    client.put_json("vm.stream-disk", &json!({"id": "thin"}));
+    // Nothing of an empty base has to be written.
+    let event = events.wait_for("job-completed");
+    assert_eq!(event["properties"]["copied_bytes"], "0");
+    assert!(!open_files(&ballast).contains(&base));
+    let info = client.get("vm.disk-info?id=thin");
+    assert_eq!(info["backing_chain"], json!([]));
+    eventually("what there is no room for is held", || {
+        let held = client.get("vm.disk-info?id=thin")["held_requests"].as_u64();
+        let counters = client.get("vm.counters");
+        let done = counters["thin"]["write_ops"].as_u64();
+        (held > Some(0) && held.zip(done).map(|(h, d)| h + d) == Some(CHUNKS as u64)).then_some(())
+    });
+
+    assert!(mount(&["-o", "remount,size=16m"], &folder));
+    client.put_json("vm.resume-disk", &json!({"id": "thin"}));
+    eventually("the guest has written", || {
+        let counters = client.get("vm.counters");
+        (counters["thin"]["write_ops"] == CHUNKS).then_some(())
+    });
+    let names = events.names();
+    assert!(!names.iter().any(|name| name.ends_with("io-error")));
+    client.put("vm.delete");
+    check(&overlay);
+    let content = whole(&overlay);
+    for chunk in 0..CHUNKS {
+        let found = &content[chunk * WRITER_CHUNK..][..WRITER_CHUNK];
+        assert!(found == writer_chunk(chunk), "chunk {chunk}");
+    }
+}
+
+/// Goes with the test, even where that fails.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }

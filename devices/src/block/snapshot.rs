@@ -260,7 +260,7 @@ impl<'a> Move<'a> {
 }
 
 /// An image can lie below another only under its name, and only if it is a file.
-fn is_still_there(path: &Path, image: &dyn Image) -> Result<(), BuildError> {
+pub(super) fn is_still_there(path: &Path, image: &dyn Image) -> Result<(), BuildError> {
     let stat = rustix::fs::fstat(image.host_file());
     let stat = stat.map_err(|e| BuildError::host("looking at the disk's image", e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -274,7 +274,7 @@ fn is_still_there(path: &Path, image: &dyn Image) -> Result<(), BuildError> {
         Ok(found) if (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino) => Ok(()),
         _ => {
             let reason = format!(
-                "the disk's image is no longer at {}, where the overlay would look for it",
+                "the image is no longer at {}, where it would be looked for",
                 path.display()
             );
             Err(Invalid::new("id", reason).into())

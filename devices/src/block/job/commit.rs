@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use super::thread::{End, Told, Work};
 use super::{ConcludeError, Job, JobStatus};
 use crate::block::frozen::{Frozen, ask, gone};
-use crate::block::{Block, ImageType, Opened};
+use crate::block::{Block, ImageType, Opened, snapshot};
 use crate::config::{BuildError, Invalid};
 use crate::disk::blocking::Blocking;
 use crate::disk::dirty::Tracking;
@@ -205,6 +205,9 @@ impl Job {
         let [worker] = &block.workers[..] else {
             return refuse("not supported yet: a disk with more than one queue");
         };
+        // The disk will be known by that name.
+        snapshot::is_still_there(&old_base.info.path, old_base.image.as_ref())
+            .map_err(not_moved)?;
         let old = block.opened().image.clone();
         let info = old_base.info.clone();
         let path = block.opened().config.path.display().to_string();

@@ -515,6 +515,42 @@ fn a_base_without_space_for_the_rest_leaves_the_disk_on_its_image() {
 }
 
 #[test]
+fn what_an_image_without_space_could_not_take_goes_to_the_base() {
+    const WRITES: u64 = 24;
+    let Some(folder) = qemu::folder() else { return };
+    for sync in [false, true] {
+        let Some(small) = Small::new() else { return };
+        let base = folder.path().join("base.raw");
+        std::fs::copy(image().path(), &base).unwrap();
+        let options = format!("backing_file={},backing_fmt=raw", base.display());
+        let path = qemu::create(&small.path(""), "top.qcow2", &options, SIZE);
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let mut expected = expected(0, SIZE as usize);
+        let len = 64 << 10;
+        for slot in 0..WRITES {
+            let fill = slot as u8 + 1;
+            disk.begin_write(slot, slot * len, fill);
+            expected[(slot * len) as usize..][..len as usize].fill(fill);
+        }
+        disk.wait_until("writes are held", |disk| {
+            let held = disk.block.info("x").unwrap().held_requests;
+            let done = (0..WRITES).filter(|slot| disk.status(*slot) == OK).count() as u64;
+            held > 0 && held + done == WRITES
+        });
+        let (mut job, told) = begin(&disk.block, None);
+        ready(&job, &told);
+        job.conclude(&disk.block, true).unwrap();
+        disk.wait_until("all is written", |disk| {
+            (0..WRITES).all(|slot| disk.status(slot) == OK)
+        });
+        assert!(disk.io_errors().is_empty());
+        drop((job, disk));
+        assert!(std::fs::read(&base).unwrap() == expected);
+        check_leaky(&path);
+    }
+}
+
+#[test]
 fn what_can_not_be_committed_is_refused_and_says_why() {
     let Some(folder) = qemu::folder() else { return };
     let (base, path) = images(folder.path(), "cluster_size=64k");
@@ -564,6 +600,14 @@ fn what_can_not_be_committed_is_refused_and_says_why() {
     let (job, _) = begin(&disk.block, speed(1));
     let reason = refused(&disk.block);
     assert!(reason.contains("a job"), "{reason}");
+    drop(job);
+    // Or comes there meanwhile.
+    let (mut job, told) = begin(&disk.block, None);
+    ready(&job, &told);
+    std::fs::rename(&base, &away).unwrap();
+    let error = job.conclude(&disk.block, true).unwrap_err().to_string();
+    assert!(error.contains("no longer"), "{error}");
+    std::fs::rename(&away, &base).unwrap();
     drop(job);
     drop(disk);
     qemu::img(&format!("snapshot -c one {}", path.display()));

@@ -80,7 +80,7 @@ impl Drop for Small {
 
 impl Disk {
     /// Offers a write of [`CHUNK`] bytes of `fill` at `offset`, and rings.
-    fn begin_write(&mut self, slot: u64, offset: u64, fill: u8) -> u16 {
+    pub(super) fn begin_write(&mut self, slot: u64, offset: u64, fill: u8) -> u16 {
         let data = BUFFERS + 0x2_0000 + slot * CHUNK;
         self.driver.poke(data, &vec![fill; CHUNK as usize]);
         self.begin_write_of(slot, offset, data, CHUNK as u32)
@@ -102,11 +102,11 @@ impl Disk {
         head
     }
 
-    fn status(&self, slot: u64) -> u8 {
+    pub(super) fn status(&self, slot: u64) -> u8 {
         self.driver.peek(BUFFERS + slot * 0x200 + 0x100, 1)[0]
     }
 
-    fn wait_until(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
+    pub(super) fn wait_until(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
         let start = Instant::now();
         while !condition(self) {
             assert!(start.elapsed() < PATIENCE, "never: {what}");
