@@ -106,6 +106,10 @@ pub trait Image: Send + Sync {
     /// The image that was opened anew is about to be used: this one's queue, which still stands
     /// still, is to be closed without a change to the file. Called on the VMM thread.
     fn hand_over(&self) {}
+    /// Whether that is so; or the image was emptied ([`steps::Step::Empty`]), or may have been.
+    fn is_handed_over(&self) -> bool {
+        false
+    }
     /// The image was emptied, its queue is closed: it is to know which room is free, and to take no
     /// more of the host. Where that fails some is lost until it is repaired. Called on the VMM
     /// thread.

@@ -24,7 +24,8 @@ pub enum Step {
     /// on and before the second.
     Take(u64, u64),
     /// Have the image have nothing of the disk any more, durably: all of it must be in the one
-    /// below. Nothing else may be done with it, and afterwards it is to be closed.
+    /// below. Nothing else may be done with it, and afterwards it is to be closed; so it is where
+    /// this fails, unless the image then is not handed over ([`super::Image::is_handed_over`]).
     Empty,
 }
 

@@ -14,7 +14,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::thread::{End, Told, Work};
 use super::{ConcludeError, Job, JobStatus};
@@ -228,14 +228,24 @@ impl Job {
                 .recv()
                 .unwrap_or_else(|_| Err(gone()))
                 .map_err(failed)?;
-            // Nothing fails any more: the base has everything, whatever becomes of the image.
-            if let Err(error) = self.empty(worker) {
-                tracing::warn!(%error, "{path} was committed, and could not be emptied");
-                note = Some(format!(
-                    "all of {path} is in the image below it, which the disk goes on with; it could \
-                     not be emptied ({error}), and is of no use any more"
-                ));
+            match self.empty(worker, old.as_ref()) {
+                Ok(()) => {}
+                Err((false, error)) => {
+                    return Err(not_moved(BuildError::host(
+                        format!("emptying {path}"),
+                        error,
+                    )));
+                }
+                // Some of it may be gone, and the base has everything.
+                Err((true, error)) => {
+                    tracing::warn!(%error, "{path} was committed, and could not be emptied");
+                    note = Some(format!(
+                        "all of {path} is in the image below it, which the disk goes on with; it \
+                         could not be emptied ({error}), and is of no use any more"
+                    ));
+                }
             }
+            // Nothing fails any more.
             old.hand_over();
             // A worker that is gone has closed its engine.
             let _ = ask(worker, Exchange::Commit).recv();
@@ -288,8 +298,9 @@ impl Job {
         }
     }
 
-    /// Empties the image, whose queue stands still.
-    fn empty(&self, worker: &Worker) -> std::io::Result<()> {
+    /// Empties the image, whose queue stands still. An error says whether it may have lost
+    /// anything.
+    fn empty(&self, worker: &Worker, image: &dyn Image) -> Result<(), (bool, std::io::Error)> {
         let Some(base) = &self.base else {
             return Ok(());
         };
@@ -300,12 +311,13 @@ impl Job {
         });
         let number = base.steps.leave(Step::Empty, reply);
         worker.order(Order::Attend);
-        let deadline = Instant::now() + EMPTYING;
-        match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(outcome) => outcome.map(drop),
+        match told.recv_timeout(EMPTYING) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err((image.is_handed_over(), error)),
+            // What was begun may still come about.
             Err(_) => {
-                base.steps.withdraw(number);
-                Err(std::io::ErrorKind::TimedOut.into())
+                let begun = !base.steps.withdraw(number);
+                Err((begun, std::io::ErrorKind::TimedOut.into()))
             }
         }
     }

@@ -322,6 +322,11 @@ impl Image for Qcow2Image {
         }
     }
 
+    fn is_handed_over(&self) -> bool {
+        let control = self.control.as_ref();
+        control.is_some_and(|control| control.is_handed_over())
+    }
+
     fn reclaim(&self) -> Result<(), BuildError> {
         let layout = self.chain.layers.first().and_then(|layer| layer.layout());
         match layout {
