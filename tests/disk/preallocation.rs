@@ -116,9 +116,86 @@ fn what_can_not_be_preallocated_is_refused_and_leaves_nothing() {
         assert_eq!(names(folder), [""; 0], "{line}");
     }
     disk(folder, "create -q -f raw source 1M").good();
-    for kind in ["metadata", "full"] {
-        let line = format!("convert -f raw -O qcow2 -o preallocation={kind} source copy");
-        disk(folder, &line).refused("of a copy can be off or falloc");
+    for (line, why) in [
+        (
+            "convert -f raw -O raw -o preallocation=metadata source copy",
+            "preallocation",
+        ),
+        (
+            "convert -f raw -O qcow2 -o preallocation=some source copy",
+            "off, metadata, falloc or full",
+        ),
+    ] {
+        disk(folder, line).refused(why);
+        assert_eq!(names(folder), ["source"], "{line}");
+    }
+}
+
+#[test]
+fn a_copy_has_what_was_asked_for_as_well_as_the_data() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    // Data, zeroes and holes, some of them within a cluster; the end is that of no cluster.
+    let size = 13 * MIB + 5 * 512;
+    img(folder, &format!("create -q -f raw source {size}")).good();
+    let writes = [
+        "write -P 7 1M 1M",
+        "write -z 3M 1M",
+        "write -P 8 5003776 4k",
+        "write -P 9 12M 512",
+        "write -P 3 13M 2560",
+    ];
+    io(folder, true, "raw", "source", &writes).good();
+    for source in ["source", "thin"] {
+        let from = match source {
+            "source" => "raw",
+            _ => {
+                img(folder, "convert -f raw -O qcow2 source thin").good();
+                "qcow2"
+            }
+        };
+        for (format, kind, more) in [
+            ("raw", "falloc", ""),
+            ("raw", "full", ""),
+            ("qcow2", "metadata", ""),
+            ("qcow2", "falloc", ""),
+            ("qcow2", "full", ""),
+            ("qcow2", "metadata", ",cluster_size=2M,extended_l2=on"),
+            ("qcow2", "full", ",cluster_size=512,refcount_bits=1"),
+            ("qcow2", "falloc", ",extended_l2=on"),
+            ("qcow2", "full", ",compat=0.10"),
+        ] {
+            let context = format!("{source} {format} {kind} {more}");
+            let made = disk(
+                folder,
+                &format!(
+                    "convert -p -f {from} -O {format} -o preallocation={kind}{more} {source} copy"
+                ),
+            );
+            assert!(made.err.contains("100.00/100%"), "{context}: {made:?}");
+            made.good();
+            let compared = img(folder, &format!("compare -f {format} -F raw copy source"));
+            assert!(compared.good().contains("identical"), "{context}");
+            let image = folder.join("copy");
+            let blocks = allocated(&image);
+            match kind {
+                "metadata" => assert!(blocks < 8 * MIB, "{context}: {blocks}"),
+                _ => assert!(blocks >= 13 * MIB, "{context}: {blocks}"),
+            }
+            if format == "qcow2" {
+                img(folder, "check -q -f qcow2 copy").good();
+                disk(folder, "check -q -f qcow2 copy").good();
+                let map = img(folder, "map -f qcow2 --output json copy").json();
+                let whole = |extent: &serde_json::Value| {
+                    extent["present"] == true && extent["offset"].is_u64()
+                };
+                assert!(map.as_array().unwrap().iter().all(whole), "{context}");
+                let writes = ["write -P 5 4M 1M", "flush"];
+                io(folder, true, format, "copy", &writes).good();
+                img(folder, "check -q -f qcow2 copy").good();
+            }
+            std::fs::remove_file(image).unwrap();
+        }
     }
 }
 

@@ -276,7 +276,7 @@ fn a_copy_that_fails_leaves_nothing() {
         ),
         ("convert -f raw -O qcow2 -o size=1G base.raw new", "size"),
         (
-            "convert -f raw -O qcow2 -o preallocation=metadata base.raw new",
+            "convert -f raw -O raw -o preallocation=metadata base.raw new",
             "preallocation",
         ),
         (

@@ -1,5 +1,5 @@
 //! Copying a disk into a new image: read in order, some requests ahead; what is zero is not
-//! written.
+//! written, but has its place where the copy is preallocated (see `qcow2/fill.rs`).
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,7 +13,8 @@ use super::buffers::{AlignedBuffer, Buffers};
 use super::new_file::NewFile;
 use super::qcow2::create::{CreateOptions, Preallocation, shape_for};
 use super::qcow2::extents::Extents;
-use super::qcow2::writer::ImageWriter;
+use super::qcow2::fill::{Filling, Zeroes};
+use super::qcow2::writer::{ImageWriter, Shape};
 use super::{Completion, Format, OpenOptions, Operation, Queue, Request, open};
 use crate::config::{BuildError, Invalid};
 
@@ -23,6 +24,11 @@ const PIECE: u64 = 1 << 20;
 const AHEAD: usize = 4;
 /// The smallest stretch of zeroes that becomes a hole.
 const HOLE: usize = 4096;
+
+/// The longest stretch of zeroes that gets its place in one go.
+const STRETCH: u64 = 64 << 20;
+/// All subclusters.
+const WHOLE: u64 = u32::MAX as u64;
 
 const ZEROES: [u8; HOLE] = [0; HOLE];
 
@@ -50,45 +56,20 @@ pub fn convert(
     if target.backing.is_some() {
         return Err(Invalid::new("backing_file", "a copy has all of the disk").into());
     }
-    if !matches!(
-        target.preallocation,
-        Preallocation::Off | Preallocation::Falloc
-    ) {
-        let reason = "of a copy can be off or falloc";
-        return Err(Invalid::new("preallocation", reason).into());
-    }
     let shape = shape_for(target, size)?;
     let mut extents = Extents::open(format, &source, true)?;
     let reading = format!("reading {}", source.path.display());
-    let writing = format!("writing {}", target.path.display());
     let new = NewFile::begin(&target.path)?;
     let queue = image
         .open_queue(AHEAD as u16)
         .map_err(|e| BuildError::host(&reading, e))?;
-    let cluster = 1_u64 << shape.cluster_bits;
-    let mut reader = Reader::new(queue, size, PIECE.max(cluster));
-    let mut sink = match target.format {
-        Format::Raw => {
-            let file = new.file();
-            file.set_len(size)
-                .map_err(|e| BuildError::host(&writing, e))?;
-            Sink::Raw(file)
-        }
-        Format::Qcow2 => {
-            let unit = if shape.extended_l2 {
-                cluster / 32
-            } else {
-                cluster
-            };
-            let writer = ImageWriter::new(new.file(), shape);
-            Sink::Qcow2 {
-                writer: writer.map_err(|e| BuildError::host(&writing, e))?,
-                file: new.file(),
-                cluster,
-                unit,
-            }
-        }
+    let mut reader = Reader::new(queue, size, PIECE.max(1 << shape.cluster_bits));
+    let filling = Filling {
+        options: target,
+        size,
+        file: new.file(),
     };
+    let mut sink = Sink::begin(filling, shape, progress)?;
     loop {
         let piece = reader.next(&mut extents);
         let Some((position, buffer, len)) = piece.map_err(|e| BuildError::host(&reading, e))?
@@ -96,65 +77,169 @@ pub fn convert(
             break;
         };
         let bytes = buffer.bytes().get(..len).unwrap_or(&[]);
-        sink.write(position, bytes)
-            .map_err(|e| BuildError::host(&writing, e))?;
+        sink.write(position, bytes)?;
         reader.spare.push(buffer);
-        progress(position + len as u64, size);
     }
-    let end = match sink {
-        Sink::Raw(_) => size,
-        Sink::Qcow2 { writer, .. } => writer.finish().map_err(|e| BuildError::host(&writing, e))?,
-    };
-    if target.preallocation == Preallocation::Falloc {
-        let mode = rustix::fs::FallocateFlags::empty();
-        rustix::fs::fallocate(new.file(), mode, 0, end)
-            .map_err(|e| BuildError::host(&writing, e))?;
-    }
+    sink.finish()?;
     new.finish()?;
     progress(size, size);
     Ok(())
 }
 
-/// Where the bytes go.
-enum Sink<'a> {
-    Raw(&'a File),
-    Qcow2 {
-        writer: ImageWriter<'a>,
-        file: &'a File,
-        cluster: u64,
-        /// What can be left out: a cluster or a subcluster.
-        unit: u64,
-    },
+/// Where the bytes go, and with preallocation what lies between them.
+struct Sink<'a> {
+    filling: Filling<'a>,
+    /// Of an image that has any.
+    tables: Option<Tables<'a>>,
+    zeroes: Zeroes,
+    /// What of the disk has come by.
+    position: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
 }
 
-impl Sink<'_> {
-    fn write(&mut self, position: u64, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Raw(file) => write_sparsely(file, position, bytes, HOLE).map(drop),
-            Self::Qcow2 {
-                writer,
-                file,
-                cluster,
-                unit,
-            } => {
-                for (number, bytes) in (position / *cluster..).zip(bytes.chunks(*cluster as usize))
-                {
-                    let bitmap = bytes
-                        .chunks(*unit as usize)
-                        .enumerate()
-                        .filter(|(_, piece)| !is_zero(piece))
-                        .fold(0, |bitmap, (index, _)| bitmap | 1_u64 << index);
-                    if bitmap != 0 {
-                        let offset = writer.map(number, bitmap)?;
-                        match cluster == unit {
-                            true => file.write_all_at(bytes, offset)?,
-                            false => write_sparsely(file, offset, bytes, *unit as usize)?,
-                        }
-                    }
+struct Tables<'a> {
+    writer: ImageWriter<'a>,
+    cluster: u64,
+    /// What can be left out: a cluster or a subcluster.
+    unit: u64,
+}
+
+impl<'a> Sink<'a> {
+    fn begin(
+        filling: Filling<'a>,
+        shape: Shape,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Result<Self, BuildError> {
+        let size = filling.size;
+        let raw = filling.options.format == Format::Raw;
+        if raw {
+            filling.set_len()?;
+        }
+        match filling.options.preallocation {
+            // How long the file will be is not known yet.
+            Preallocation::Falloc if raw => filling.set_aside(size, &mut |_, _| Ok(()))?,
+            Preallocation::Full => filling.set_aside_if_possible(size)?,
+            _ => {}
+        }
+        let tables = match raw {
+            true => None,
+            false => {
+                let cluster = 1_u64 << shape.cluster_bits;
+                let unit = cluster / if shape.extended_l2 { 32 } else { 1 };
+                let writer = ImageWriter::new(filling.file, shape);
+                Some(Tables {
+                    writer: writer.map_err(|e| filling.failed(e))?,
+                    cluster,
+                    unit,
+                })
+            }
+        };
+        Ok(Self {
+            zeroes: Zeroes::new(size),
+            filling,
+            tables,
+            position: 0,
+            progress,
+        })
+    }
+
+    /// Takes what is at `position`, which is behind all that was before and begins a cluster.
+    fn write(&mut self, position: u64, bytes: &[u8]) -> Result<(), BuildError> {
+        self.pass(position)?;
+        let preallocation = self.filling.options.preallocation;
+        let file = self.filling.file;
+        let place = |bytes: &[u8], offset| match preallocation {
+            Preallocation::Full => file.write_all_at(bytes, offset),
+            _ => write_sparsely(file, offset, bytes, HOLE),
+        };
+        let written = match &mut self.tables {
+            None => place(bytes, position),
+            Some(tables) if preallocation == Preallocation::Off => {
+                tables.write(file, position, bytes)
+            }
+            Some(tables) => {
+                let clusters = bytes.chunks(tables.cluster as usize);
+                (position / tables.cluster..)
+                    .zip(clusters)
+                    .try_for_each(|(number, bytes)| place(bytes, tables.writer.map(number, WHOLE)?))
+            }
+        };
+        written.map_err(|e| self.filling.failed(e))?;
+        self.position = position + bytes.len() as u64;
+        (self.progress)(self.position, self.filling.size);
+        Ok(())
+    }
+
+    /// What comes before `to` is zero: gives it its place where that is wanted.
+    fn pass(&mut self, to: u64) -> Result<(), BuildError> {
+        let preallocation = self.filling.options.preallocation;
+        let full = preallocation == Preallocation::Full;
+        if preallocation == Preallocation::Off || (self.tables.is_none() && !full) {
+            return Ok(());
+        }
+        while self.position < to {
+            let (offset, len) = match &mut self.tables {
+                None => (self.position, STRETCH.min(to - self.position)),
+                Some(tables) => {
+                    let row = tables.row(self.position, to);
+                    row.map_err(|e| self.filling.failed(e))?
                 }
-                Ok(())
+            };
+            if full {
+                let quiet = &mut |_, _| Ok(());
+                self.filling
+                    .write_zeroes(&mut self.zeroes, offset, len, quiet)?;
+            }
+            self.position += len;
+            (self.progress)(self.position.min(self.filling.size), self.filling.size);
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(), BuildError> {
+        self.pass(self.filling.size)?;
+        if let Some(tables) = self.tables {
+            let end = tables.writer.finish();
+            let end = end.map_err(|e| self.filling.failed(e))?;
+            if self.filling.options.preallocation == Preallocation::Falloc {
+                self.filling.set_aside(end, &mut |_, _| Ok(()))?;
             }
         }
+        Ok(())
+    }
+}
+
+impl Tables<'_> {
+    /// Gives a place to what is not zero, and writes it there.
+    fn write(&mut self, file: &File, position: u64, bytes: &[u8]) -> io::Result<()> {
+        let clusters = bytes.chunks(self.cluster as usize);
+        for (number, bytes) in (position / self.cluster..).zip(clusters) {
+            let bitmap = bytes
+                .chunks(self.unit as usize)
+                .enumerate()
+                .filter(|(_, piece)| !is_zero(piece))
+                .fold(0, |bitmap, (index, _)| bitmap | 1_u64 << index);
+            if bitmap != 0 {
+                let offset = self.writer.map(number, bitmap)?;
+                match self.cluster == self.unit {
+                    true => file.write_all_at(bytes, offset)?,
+                    false => write_sparsely(file, offset, bytes, self.unit as usize)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives places to clusters from `position` on that lie in a row, none of them at `to` or
+    /// behind; where, and how many bytes.
+    fn row(&mut self, position: u64, to: u64) -> io::Result<(u64, u64)> {
+        let first = self.writer.map(position / self.cluster, WHOLE)?;
+        let mut len = self.cluster;
+        while position + len < to && len < STRETCH && self.writer.stays_in_table() {
+            self.writer.map((position + len) / self.cluster, WHOLE)?;
+            len += self.cluster;
+        }
+        Ok((first, len))
     }
 }
 

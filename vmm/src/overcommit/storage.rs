@@ -1,7 +1,9 @@
 //! What the disks were promised, and what the host has for them: thin images let a host promise more
 //! than it has, as balloons do with memory.
 //!
-//! Free space is that of file systems, which several images share; each is counted once.
+//! Free space is that of file systems, which several images share; each is counted once. They are
+//! told apart by `st_dev`: subvolumes of btrfs, which draw on one space, have one each, and differ in
+//! `f_fsid` too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};

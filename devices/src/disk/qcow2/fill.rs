@@ -90,21 +90,28 @@ pub fn failed(path: &Path, error: io::Error) -> BuildError {
     }
 }
 
-struct Filling<'a> {
-    options: &'a CreateOptions,
-    size: u64,
-    file: &'a File,
+/// A new image that is being filled.
+pub struct Filling<'a> {
+    pub options: &'a CreateOptions,
+    /// Bytes of the disk.
+    pub size: u64,
+    pub file: &'a File,
 }
 
 impl Filling<'_> {
-    fn raw(&self, watch: &mut Watch<'_>) -> Result<(), BuildError> {
+    /// Gives a raw image its length.
+    pub fn set_len(&self) -> Result<(), BuildError> {
         self.file.set_len(self.size).map_err(|error| {
             match error.raw_os_error() {
                 // Beyond what this file system can count.
                 Some(libc::EINVAL) => self.too_large(&error),
                 _ => self.failed(error),
             }
-        })?;
+        })
+    }
+
+    fn raw(&self, watch: &mut Watch<'_>) -> Result<(), BuildError> {
+        self.set_len()?;
         match self.options.preallocation {
             Preallocation::Off | Preallocation::Metadata => Ok(()),
             Preallocation::Falloc => self.set_aside(self.size, watch),
@@ -160,7 +167,7 @@ impl Filling<'_> {
     }
 
     /// Has the file system keep space for the file up to `end`.
-    fn set_aside(&self, end: u64, watch: &mut Watch<'_>) -> Result<(), BuildError> {
+    pub fn set_aside(&self, end: u64, watch: &mut Watch<'_>) -> Result<(), BuildError> {
         self.check_room(end)?;
         let mut at = 0;
         while at < end {
@@ -184,7 +191,7 @@ impl Filling<'_> {
 
     /// The same in one go, so that what has no space is refused before it is written, and lies
     /// together; not every file system can.
-    fn set_aside_if_possible(&self, end: u64) -> Result<(), BuildError> {
+    pub fn set_aside_if_possible(&self, end: u64) -> Result<(), BuildError> {
         self.check_room(end)?;
         match self.allocate(0, end) {
             Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
@@ -221,7 +228,8 @@ impl Filling<'_> {
         }
     }
 
-    fn write_zeroes(
+    /// Writes them to so many bytes from `offset` on.
+    pub fn write_zeroes(
         &self,
         zeroes: &mut Zeroes,
         mut offset: u64,
@@ -245,7 +253,8 @@ impl Filling<'_> {
         Ok(())
     }
 
-    fn failed(&self, error: io::Error) -> BuildError {
+    /// The host failed.
+    pub fn failed(&self, error: io::Error) -> BuildError {
         match error.raw_os_error() {
             Some(libc::EFBIG) => self.too_large(&error),
             _ => failed(&self.options.path, error),
@@ -260,7 +269,7 @@ impl Filling<'_> {
 }
 
 /// Zeroes, and how many have been written.
-struct Zeroes {
+pub struct Zeroes {
     bytes: Vec<u8>,
     done: u64,
     total: u64,
@@ -268,7 +277,8 @@ struct Zeroes {
 }
 
 impl Zeroes {
-    fn new(total: u64) -> Self {
+    /// None yet, of so many.
+    pub fn new(total: u64) -> Self {
         Self {
             bytes: vec![0; PIECE],
             done: 0,

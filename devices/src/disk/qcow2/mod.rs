@@ -27,7 +27,7 @@ mod decompress;
 mod details;
 mod entry;
 pub mod extents;
-mod fill;
+pub(super) mod fill;
 mod header;
 pub mod info;
 mod map;

@@ -39,6 +39,8 @@ pub struct ImageWriter<'a> {
     l1: Vec<u64>,
     /// The L2 table that is being filled: its index, and its bytes.
     l2: Option<(u64, Vec<u8>)>,
+    /// The number that was mapped last.
+    last: Option<u64>,
 }
 
 impl<'a> ImageWriter<'a> {
@@ -56,6 +58,7 @@ impl<'a> ImageWriter<'a> {
             used: 1,
             l1: vec![0; entries as usize],
             l2: None,
+            last: None,
             shape,
         })
     }
@@ -84,6 +87,7 @@ impl<'a> ImageWriter<'a> {
             self.l2 = Some((table, vec![0; self.cluster_bytes() as usize]));
         }
         let offset = self.take(1)?;
+        self.last = Some(number);
         let at = ((number % per_table) * entry_bytes) as usize;
         if let Some((_, bytes)) = &mut self.l2 {
             put(bytes, at, &(offset | COPIED).to_be_bytes());
@@ -92,6 +96,12 @@ impl<'a> ImageWriter<'a> {
             }
         }
         Ok(offset)
+    }
+
+    /// Whether the next number would get the next cluster: its entry is in the table of the last.
+    pub fn stays_in_table(&self) -> bool {
+        let per_table = self.cluster_bytes() / self.shape.l2_entry_bytes();
+        self.last.is_some_and(|last| (last + 1) % per_table != 0)
     }
 
     fn end_table(&mut self) -> io::Result<()> {

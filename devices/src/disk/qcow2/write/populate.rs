@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   look ahead, nothing locked ─► something below ─► clusters alone ─► read ─► write what is
-//!      (zero, or in the image: on)                                             not all zeroes
+//!      (zero, in the image, or a                                               not all zeroes
+//!       hole of a raw file: on)
 //!
 //!   … the end ─► flush ─► the header without a backing file, in one write ─► sync
 //! ```
@@ -19,6 +20,9 @@
 //! extension with its format stays: it says nothing where there is no name.
 
 use std::io;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use super::super::super::buffers::Buffers;
 use super::super::super::steps::{Outcome, Reached, Step};
@@ -61,15 +65,41 @@ impl Engine {
                 break;
             }
             let (found, span) = self.look_up(position, end - position).await?;
-            if is_below(&found) {
+            let nothing = match is_below(&found) {
+                true => self.hole(&found, span),
+                false => span,
+            };
+            if nothing == 0 {
                 return self.fetch(position, end).await;
             }
-            position += span;
+            position += nothing;
         }
         Ok(Reached {
             position,
             ..Reached::default()
         })
+    }
+
+    /// How many of `len` bytes that are below are zeroes for certain, as they begin a hole of a raw
+    /// file. It is not asked for any that is shorter than it was: reading it is to fail.
+    fn hole(&self, found: &Found, len: u64) -> u64 {
+        let Found::Data(number, offset) = *found else {
+            return 0;
+        };
+        let layer = self.chain.layers.get(usize::from(number));
+        let Some(layer) = layer.filter(|layer| layer.layout().is_none()) else {
+            return 0;
+        };
+        let data = rustix::fs::seek(&layer.file, SeekFrom::Data(offset));
+        // Asked last, so that it holds for what was told before.
+        let whole = rustix::fs::seek(&layer.file, SeekFrom::End(0));
+        match data {
+            _ if !whole.is_ok_and(|bytes| bytes >= layer.file_bytes) => 0,
+            Ok(data) => data.saturating_sub(offset).min(len),
+            Err(Errno::NXIO) => len,
+            // The file system does not say.
+            Err(_) => 0,
+        }
     }
 
     /// Copies what is at `position` and, in a row with it, behind.

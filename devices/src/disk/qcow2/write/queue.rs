@@ -33,6 +33,9 @@ pub const URING_SYSCALLS: &[Allow] = &[
     allow!(pwritev2),
     // When it is closed.
     allow!(ftruncate),
+    // Holes below, which a job passes over.
+    allow!(lseek, 2 => Test::Is(libc::SEEK_DATA as u32)),
+    allow!(lseek, 2 => Test::Is(libc::SEEK_END as u32)),
 ];
 
 /// What the thread of a queue without one needs, and those of its pool.
@@ -45,6 +48,8 @@ pub const SYNC_SYSCALLS: &[Allow] = &[
     allow!(fallocate, 1 => Test::Is(0)),
     allow!(fallocate, 1 => Test::Is(PUNCH_HOLE as u32)),
     allow!(ftruncate),
+    allow!(lseek, 2 => Test::Is(libc::SEEK_DATA as u32)),
+    allow!(lseek, 2 => Test::Is(libc::SEEK_END as u32)),
 ];
 
 type Work = Pin<Box<dyn Future<Output = (io::Result<()>, Buffers)> + Send>>;

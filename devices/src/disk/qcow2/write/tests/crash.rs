@@ -1,5 +1,10 @@
 //! Power cuts and faults, over a host that the test plays.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::FallocateFlags;
+
 use super::sim::{Player, Shared, host};
 use super::*;
 
@@ -7,7 +12,7 @@ const MIB: u64 = 1 << 20;
 
 /// An image over a raw file of stamped sectors, or over nothing.
 pub struct Setup {
-    folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
     pub path: std::path::PathBuf,
     backing: Option<(std::path::PathBuf, Vec<u8>)>,
     size: u64,
@@ -88,8 +93,20 @@ impl Setup {
     /// Has a range of the backing file hold zeroes.
     pub fn zero_below(&mut self, offset: u64, len: u64) {
         if let Some((path, bytes)) = &mut self.backing {
-            bytes[offset as usize..][..len as usize].fill(0);
-            std::fs::write(path, bytes).unwrap();
+            let zeroes = &mut bytes[offset as usize..][..len as usize];
+            zeroes.fill(0);
+            let file = File::options().write(true).open(path).unwrap();
+            file.write_all_at(zeroes, offset).unwrap();
+        }
+    }
+
+    /// The same, with nothing on the host for it.
+    pub fn hole_below(&mut self, offset: u64, len: u64) {
+        self.zero_below(offset, len);
+        if let Some((path, _)) = &self.backing {
+            let file = File::options().write(true).open(path).unwrap();
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&file, punch, offset, len).unwrap();
         }
     }
 

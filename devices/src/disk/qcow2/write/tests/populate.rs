@@ -77,7 +77,8 @@ const KINDS: [(&str, u64); 7] = [
 
 fn setup(kind: &str, below: u64) -> Option<Setup> {
     let mut setup = Setup::over(kind, Some(below), false, SIZE)?;
-    setup.zero_below(MIB / 2, MIB / 4);
+    setup.hole_below(MIB / 2, MIB / 4);
+    setup.hole_below(MIB - 16384, 8192);
     setup.zero_below(MIB / 4 + 512, 40 << 10);
     Some(setup)
 }
@@ -192,6 +193,65 @@ fn an_image_that_stands_alone_has_only_what_is_not_zero() {
         let behind = content(&check::Image::new(&larger), &[]).split_off(SIZE as usize);
         assert!(behind.iter().all(|byte| *byte == 0), "{kind}");
     }
+}
+
+#[test]
+fn holes_below_are_passed_over_and_not_read() {
+    for (kind, unit) in [
+        ("cluster_size=64k", 64 << 10),
+        ("cluster_size=2M", 2 * MIB),
+        ("extended_l2=on,cluster_size=128k", 4096),
+    ] {
+        let size = 64 * MIB;
+        let Some(mut setup) = Setup::over(kind, Some(size), false, size) else {
+            return;
+        };
+        // Data is at the beginning, in one block in the midst of a cluster, and at the end.
+        let block = 33 * MIB + (40 << 10);
+        setup.hole_below(4096, block - 4096);
+        setup.hole_below(block + 4096, size - MIB - block - 4096);
+        let expected = qemu::content(&setup.path);
+        let (mut driver, shared) = setup.driver(1);
+        let (mut position, mut read) = (0, 0);
+        while position < size {
+            let reached = step(&mut driver, Step::Populate(position), 0).unwrap();
+            assert!(reached.position > position, "{kind}");
+            position = reached.position;
+            read += reached.read;
+        }
+        // From each of the three so much at a time, or a unit.
+        assert!(read <= 3 * MIB.max(unit), "{kind}: {read}");
+        step(&mut driver, Step::Detach(size), 0).unwrap();
+        driver.queue.close().unwrap();
+        let bytes = shared.lock().unwrap().bytes.clone();
+        let image = check::Image::new(&bytes);
+        assert_eq!(image.check(), 0, "{kind}");
+        assert!(content(&image, &[]) == expected, "{kind}");
+    }
+}
+
+#[test]
+fn a_hole_of_a_file_that_was_cut_short_is_no_hole() {
+    let size = 8 * MIB;
+    let Some(mut setup) = Setup::over("cluster_size=64k", Some(size), false, size) else {
+        return;
+    };
+    setup.hole_below(MIB, 6 * MIB);
+    // The queue of a real host, which sees what becomes of the file.
+    let queue = writable(&options(&setup.path, false, false)).for_test(true);
+    let mut driver = Driver::new(queue, &vec![0; size as usize], 1);
+    let base = setup.folder.path().join("base.raw");
+    let file = std::fs::File::options().write(true).open(base).unwrap();
+    file.set_len(4 * MIB).unwrap();
+    let mut position = 0;
+    let error = loop {
+        match step(&mut driver, Step::Populate(position), 0) {
+            Ok(reached) if reached.position < size => position = reached.position,
+            Ok(_) => panic!("what is gone was taken for zeroes"),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "at {position}");
 }
 
 #[test]
