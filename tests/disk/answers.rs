@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use serde_json::Value;
 
-use super::tools::{Said, disk, folder, img, samples};
+use super::tools::{Said, disk, folder, img, io, samples};
 
 /// Every field that QEMU has is there and has the same value.
 #[track_caller]
@@ -90,6 +90,55 @@ fn map_shows_what_qemu_img_shows() {
     }
     let raw = "map -f raw --output json base.raw";
     agree("raw", &img(folder, raw).json(), &disk(folder, raw).json());
+}
+
+#[test]
+fn an_image_with_a_data_file_is_told_of_as_qemu_img_tells_and_is_only_read() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    for (name, options) in [
+        ("ext.qcow2", "data_file=ext.data"),
+        ("raw.qcow2", "data_file=raw.data,data_file_raw=on"),
+        ("sub.qcow2", "data_file=sub.data,extended_l2=on"),
+    ] {
+        img(
+            folder,
+            &format!("create -q -f qcow2 -o {options} {name} 4M"),
+        )
+        .good();
+        let commands = ["write -P 1 0 100k", "write -z 200k 300k", "discard 64k 64k"];
+        io(folder, false, "qcow2", name, &commands).good();
+        for command in ["info", "map"] {
+            let json = format!("{command} -f qcow2 --output json {name}");
+            let (theirs, ours) = (img(folder, &json), disk(folder, &json));
+            agree(name, &theirs.json(), &ours.json());
+            let human = format!("{command} -f qcow2 {name}");
+            let (theirs, ours) = (img(folder, &human), disk(folder, &human));
+            assert_eq!(theirs.good(), ours.good(), "{name}");
+        }
+        same_check(folder, name);
+        let copy = format!("convert -f qcow2 -O raw {name} flat.raw");
+        disk(folder, &copy).refused("backing_files: must be true");
+        disk(folder, &copy.replace("convert", "convert --backing-files")).good();
+        img(folder, &format!("compare -f qcow2 -F raw {name} flat.raw")).good();
+        std::fs::remove_file(folder.join("flat.raw")).unwrap();
+        let writing = "writing an image with an external data file";
+        disk(
+            folder,
+            &format!("resize -f qcow2 --backing-files {name} +1M"),
+        )
+        .refused(writing);
+        img(
+            folder,
+            &format!("create -q -f qcow2 -b {name} -F qcow2 top.qcow2"),
+        )
+        .good();
+        disk(folder, "commit -f qcow2 --backing-files top.qcow2").refused(writing);
+    }
+    img(folder, "create -q -f raw base.raw 4M").good();
+    let over = "create -q -f qcow2 -o data_file=over.data -b base.raw -F raw over.qcow2";
+    img(folder, over).good();
+    disk(folder, "commit -f qcow2 --backing-files over.qcow2").refused("committing over.qcow2");
 }
 
 fn same_check(folder: &std::path::Path, name: &str) -> (Said, Said) {

@@ -107,6 +107,12 @@ pub fn qcow2(out: &mut dyn Write, data: &Qcow2Info) -> io::Result<()> {
         }
     }
     writeln!(out, "    refcount bits: {}", data.refcount_bits)?;
+    if let Some(name) = &data.data_file {
+        writeln!(out, "    data file: {name}")?;
+    }
+    if let Some(raw) = data.data_file_raw {
+        writeln!(out, "    data file raw: {raw}")?;
+    }
     if let Some(corrupt) = data.corrupt {
         writeln!(out, "    corrupt: {corrupt}")?;
     }

@@ -65,7 +65,8 @@ pub struct DiskConfig {
     #[serde(default)]
     pub image_type: ImageType,
     /// Follow the name of a backing file that a qcow2 image has, to a regular file, raw or qcow2 as
-    /// the image records. Without it an image with a backing file is refused.
+    /// the image records, and of a file that has the image's data. Without it an image with either is
+    /// refused.
     #[serde(default)]
     pub backing_files: bool,
     /// Most bytes of memory for the tables of a qcow2 image and of those below it: 1 MiB to 1 GiB,

@@ -189,7 +189,7 @@ impl<'a> Move<'a> {
         };
         let (below, size_bytes) = {
             let old = &self.block.opened().image;
-            (old.host_file(), old.size_bytes())
+            (old.files(), old.size_bytes())
         };
         let own_name = file.own_name();
         let options = OpenOptions {
@@ -261,7 +261,8 @@ impl<'a> Move<'a> {
 
 /// An image can lie below another only under its name, and only if it is a file.
 pub(super) fn is_still_there(path: &Path, image: &dyn Image) -> Result<(), BuildError> {
-    let stat = rustix::fs::fstat(image.host_file());
+    let file = image.files().into_iter().next();
+    let stat = rustix::fs::fstat(file.unwrap_or_else(|| image.host_file()));
     let stat = stat.map_err(|e| BuildError::host("looking at the disk's image", e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         let reason = format!(

@@ -26,6 +26,13 @@ pub fn commit(
     let Some((below, below_format)) = top.backing_file(options)? else {
         return Err(invalid("path", format!("{path} has no backing file")));
     };
+    if let Some(data) = top.data_path() {
+        let reason = format!(
+            "not supported yet: committing {path}, whose data is in the file {}",
+            data.display()
+        );
+        return Err(invalid("path", reason));
+    }
     let target = OpenOptions {
         path: below.clone(),
         readonly: false,

@@ -71,6 +71,10 @@ pub trait Image: Send + Sync {
     fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>>;
     /// The file in which the image grows, to ask how much space it and its file system have.
     fn host_file(&self) -> Arc<File>;
+    /// The file at the image's path, and those without which it is nothing, but for backing files.
+    fn files(&self) -> Vec<Arc<File>> {
+        vec![self.host_file()]
+    }
     /// What the engine knows about the image beside its file. Called on the VMM thread.
     fn info(&self) -> io::Result<ImageInfo>;
     /// Makes the disk larger: `size_bytes` is more than [`Image::size_bytes`] and a multiple of the
@@ -297,7 +301,7 @@ pub struct OpenOptions {
     pub disable_io_uring: bool,
     /// What to lock against other processes.
     pub lock: LockGranularity,
-    /// Follow the name of a backing file that the image has.
+    /// Follow the name of a backing file that the image has, and of an external data file.
     pub backing_files: bool,
     /// Most bytes of a qcow2 chain's tables that are kept in memory; [`DEFAULT_CACHE_BYTES`] without.
     /// What has been changed and not yet written is kept beyond that, until the next flush.

@@ -446,3 +446,75 @@ fn a_disk_that_can_not_come_to_stand_alone_is_refused_and_says_why() {
     let invalid = refused(&disk.block);
     assert!(invalid.reason.contains("snapshots inside"), "{invalid}");
 }
+
+#[test]
+fn a_disk_over_an_image_with_a_data_file_moves_on_grows_and_comes_to_stand_alone() {
+    let Some(folder) = qemu::folder() else { return };
+    for (setup, folder) in engines_in(folder.path()) {
+        let (raw, data) = (folder.join("base.raw"), folder.join("base.data"));
+        std::fs::copy(image().path(), &raw).unwrap();
+        let base = folder.join("base.qcow2");
+        qemu::img(&format!(
+            "convert -f raw -O qcow2 -o data_file={} {} {}",
+            data.display(),
+            raw.display(),
+            base.display()
+        ));
+        let options = format!("backing_file={},backing_fmt=qcow2", base.display());
+        let path = qemu::create(&folder, "overlay.qcow2", &options, SIZE);
+        let mut expected = expected(0, SIZE as usize);
+        let mut disk = Disk::on(&path, setup, over());
+        let mut write = |disk: &mut Disk, block: usize| {
+            assert_eq!(disk.write(block as u64 * 8, &bytes_of(block as u64)), OK);
+            expected[block * BLOCK..][..BLOCK].copy_from_slice(&bytes_of(block as u64));
+        };
+        write(&mut disk, 1);
+        let next = folder.join("next");
+        snapshot(&[(&disk.block, &next)], true).unwrap();
+        write(&mut disk, 2);
+        assert_eq!(disk.block.info("x").unwrap().backing_chain.len(), 2);
+        assert!(!can_write(Format::Raw, &data), "its lock was given up");
+        let (mut job, told) = begin(&disk.block, None);
+        told.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(job.view().status, JobStatus::Ready, "{setup:?}");
+        job.conclude(&disk.block, true).unwrap();
+        drop(job);
+        assert!(can_write(Format::Raw, &data));
+        for file in [&base, &data, &path] {
+            std::fs::remove_file(file).unwrap();
+        }
+        write(&mut disk, 3);
+        disk.block.grow(SIZE + 65536).unwrap();
+        assert!(content(&mut disk) == expected, "{setup:?}");
+        assert!(disk.io_errors().is_empty());
+        drop(disk);
+        check(&next);
+    }
+}
+
+#[test]
+fn a_disk_with_a_data_file_is_only_read() {
+    let Some(folder) = qemu::folder() else { return };
+    let data = folder.path().join("a.data");
+    let options = format!("data_file={}", data.display());
+    let path = qemu::create(folder.path(), "a.qcow2", &options, SIZE);
+    qemu::io(&path, &["write -P 5 0 1M".into()]);
+    let config = |readonly: bool, follow: bool| -> DiskConfig {
+        serde_json::from_value(serde_json::json!({
+            "path": path, "image_type": "Qcow2", "readonly": readonly, "backing_files": follow,
+        }))
+        .unwrap()
+    };
+    for (readonly, follow, field) in [
+        (true, false, "backing_files"),
+        (false, false, "backing_files"),
+        (false, true, "path"),
+    ] {
+        match build(&config(readonly, follow)) {
+            Err(BuildError::Invalid(wrong)) => assert_eq!(wrong.field, field, "{wrong:?}"),
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("{field}"),
+        }
+    }
+    assert!(build(&config(true, true)).is_ok());
+}

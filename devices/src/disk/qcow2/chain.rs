@@ -3,6 +3,7 @@
 //! The format of each image is told, by the configuration or by the header of the one above it,
 //! and never guessed. Names in headers are followed only where the configuration says so, and only
 //! to regular files: no protocols, no `json:`, no devices, not back to an image of the same chain.
+//! That goes for backing files and for external data files (`data_file`).
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,6 +18,7 @@ use super::super::lock::ImageLock;
 use super::super::open::{HostFile, open_beside_own, open_file};
 use super::super::{DEFAULT_CACHE_BYTES, Format, OpenOptions, SECTOR};
 use super::cache::{Lookups, SliceCache, SliceKey};
+use super::data_file;
 use super::details::{self, ReadError, Snapshot};
 use super::header::{self, Backing, Header, MAX_CLUSTER, Unusable};
 use super::map::{Compressed, Layout, Mapping};
@@ -38,7 +40,7 @@ pub struct Alignment {
     pub file: u32,
 }
 
-/// One image of a chain.
+/// One file of a chain.
 pub struct Layer {
     pub path: PathBuf,
     pub file: Arc<File>,
@@ -57,9 +59,25 @@ pub struct Layer {
 struct Tables {
     layout: Layout,
     l1: Box<[u64]>,
+    /// The number of the file that has its data, if not its own.
+    data: Option<u16>,
 }
 
 impl Layer {
+    /// A file that is nothing but data.
+    fn of_data(path: PathBuf, host: &HostFile) -> Self {
+        Self {
+            path,
+            direct: alignment(host),
+            file: host.file.clone(),
+            size_bytes: host.size_bytes,
+            file_bytes: host.size_bytes,
+            tables: None,
+            block_device: host.block_device,
+            lock: host.lock.clone(),
+        }
+    }
+
     /// Size of the disk that it is.
     pub fn disk_bytes(&self) -> u64 {
         self.size_bytes
@@ -79,7 +97,7 @@ impl Layer {
 /// Where the bytes of a range are, in the whole chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// In the file of a layer, at an offset.
+    /// In the file of a layer, or one of data, at an offset.
     Data(u16, u64),
     /// Nowhere: they are zeroes.
     Zero,
@@ -100,7 +118,10 @@ pub enum Lookup {
 
 /// An image and what lies below it, the topmost first.
 pub struct Chain {
+    /// The files: those of the images, and then the external data files of some of them.
     pub layers: Vec<Layer>,
+    /// How many of them are images.
+    images: usize,
     cache: Mutex<SliceCache>,
     /// Of this cache, and of the one that the topmost image has if it is written to.
     pub lookups: Lookups,
@@ -111,6 +132,8 @@ pub struct Chain {
 /// What opening found out about the topmost image.
 pub struct Top {
     pub host: HostFile,
+    /// Its external data file.
+    pub data: Option<HostFile>,
     pub header: Header,
     pub snapshots: Vec<Snapshot>,
     pub snapshot_table_bytes: u64,
@@ -128,25 +151,34 @@ impl Chain {
     }
 
     /// Opens an image anew that this process has open, and has written to, under the same lock.
-    pub fn open_again(options: &OpenOptions, host: &HostFile) -> Result<(Self, Top), BuildError> {
-        let stat = rustix::fs::fstat(&host.file);
-        let stat = stat.map_err(|e| failed(&options.path, e.into()))?;
-        let host = HostFile {
-            size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
-            ..host.clone()
+    /// So with its external data file.
+    pub fn open_again(
+        options: &OpenOptions,
+        host: &HostFile,
+        data: Option<&HostFile>,
+    ) -> Result<(Self, Top), BuildError> {
+        let again = |host: &HostFile| {
+            let stat = rustix::fs::fstat(&host.file);
+            let stat = stat.map_err(|e| failed(&options.path, e.into()))?;
+            Ok::<_, BuildError>(HostFile {
+                size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
+                ..host.clone()
+            })
         };
-        Self::open_as(options, Start::Again(host))
+        let data = data.map(again).transpose()?;
+        Self::open_as(options, Start::Again(again(host)?, data))
     }
 
     fn open_as(options: &OpenOptions, start: Start) -> Result<(Self, Top), BuildError> {
-        let mut layers = Vec::new();
+        let mut layers: Vec<Layer> = Vec::new();
         let mut seen = Vec::new();
+        let mut data_files: Vec<(usize, Layer)> = Vec::new();
         let mut l1_bytes = 0;
         let mut top = None;
         let mut next = Some((options.path.clone(), Format::Qcow2));
         while let Some((path, format)) = next.take() {
             let host = match (layers.len(), &start) {
-                (0, Start::Again(host)) => host.clone(),
+                (0, Start::Again(host, _)) => host.clone(),
                 (0, _) => open_host(options, &path, Opening::Top)?,
                 (1, Start::OverOwn) => open_host(options, &path, Opening::Own)?,
                 _ => open_host(options, &path, Opening::Below)?,
@@ -163,11 +195,27 @@ impl Chain {
                 Format::Raw => (host.size_bytes, None),
                 Format::Qcow2 => {
                     let header = read_header(&host, &path)?;
+                    let mut data = None;
+                    if let Some(external) = &header.data {
+                        let data_path = data_file::path(external, &path, options)?;
+                        let found = match (layers.len(), &start) {
+                            (0, Start::Again(_, Some(found))) => found.clone(),
+                            (0, _) => data_file::open(options, &data_path, Opening::Top, &seen)?,
+                            (1, Start::OverOwn) => {
+                                data_file::open(options, &data_path, Opening::Own, &seen)?
+                            }
+                            _ => data_file::open(options, &data_path, Opening::Below, &seen)?,
+                        };
+                        seen.push(found.identity);
+                        data_files.push((layers.len(), Layer::of_data(data_path, &found)));
+                        data = Some(found);
+                    }
                     if top.is_none() {
                         let (snapshots, snapshot_table_bytes) =
                             read_snapshots(&host, &header, &path)?;
                         top = Some(Top {
                             host: host.clone(),
+                            data,
                             snapshots,
                             snapshot_table_bytes,
                             header: header.clone(),
@@ -184,20 +232,24 @@ impl Chain {
                     let tables = Tables {
                         layout: Layout::new(&header),
                         l1: read_l1(&host, &header, &path)?,
+                        data: None,
                     };
                     (header.size_bytes, Some(tables))
                 }
             };
             layers.push(Layer {
-                path,
-                direct: alignment(&host),
-                file: host.file,
                 size_bytes,
-                file_bytes: host.size_bytes,
                 tables,
-                block_device: host.block_device,
-                lock: host.lock,
+                ..Layer::of_data(path, &host)
             });
+        }
+        let images = layers.len();
+        for (of, file) in data_files {
+            let number = u16::try_from(layers.len()).ok();
+            if let Some(tables) = layers.get_mut(of).and_then(|layer| layer.tables.as_mut()) {
+                tables.data = number;
+            }
+            layers.push(file);
         }
         let (chain_bytes, pages_bytes) = divide(&layers, options);
         let slice_bytes = layers
@@ -207,12 +259,26 @@ impl Chain {
         let capacity = chain_bytes / slice_bytes.max().unwrap_or(SECTOR as usize).max(1);
         let chain = Self {
             layers,
+            images,
             cache: Mutex::new(SliceCache::new(capacity)),
             lookups: Lookups::default(),
             pages_bytes,
         };
         let top = top.ok_or_else(|| refused(&options.path, "there is no image"))?;
         Ok((chain, top))
+    }
+
+    /// The images, the topmost first.
+    pub fn images(&self) -> &[Layer] {
+        self.layers.get(..self.images).unwrap_or(&[])
+    }
+
+    /// The files of one image: its own, and the external one that has its data.
+    pub fn files_of(&self, image: usize) -> impl Iterator<Item = &Arc<File>> {
+        let own = self.images().get(image);
+        let data = own.and_then(|own| own.tables.as_ref()?.data);
+        let data = data.and_then(|number| self.layers.get(usize::from(number)));
+        [own, data].into_iter().flatten().map(|layer| &layer.file)
     }
 
     /// Size of the disk.
@@ -238,7 +304,7 @@ impl Chain {
     }
 
     fn find(&self, first: u16, position: u64, mut len: u64, answers: &mut u64) -> Lookup {
-        for (number, layer) in (0_u16..).zip(&self.layers).skip(first.into()) {
+        for (number, layer) in (0_u16..).zip(self.images()).skip(first.into()) {
             let left = layer.size_bytes.saturating_sub(position);
             if left == 0 {
                 // Not in anything below it either: what is beyond its end can't be seen through it.
@@ -258,7 +324,15 @@ impl Chain {
             let found = match mapping {
                 Mapping::Unallocated => continue,
                 Mapping::Zero => Found::Zero,
-                Mapping::Data(offset) => Found::Data(number, offset),
+                Mapping::Data(offset) => match tables.data {
+                    None => Found::Data(number, offset),
+                    Some(data) if offset == position => Found::Data(data, offset),
+                    // Nowhere else than on the disk (as QEMU has it).
+                    Some(_) => return Lookup::Corrupt(number),
+                },
+                Mapping::Compressed(..) if tables.data.is_some() => {
+                    return Lookup::Corrupt(number);
+                }
                 Mapping::Compressed(cluster, within) => Found::Compressed(number, cluster, within),
             };
             return Lookup::Found(found, len);
@@ -334,31 +408,39 @@ enum Start {
     Path,
     /// The same, and the image below it is one that this process is writing to.
     OverOwn,
-    /// It is.
-    Again(HostFile),
+    /// It is, and so is its external data file.
+    Again(HostFile, Option<HostFile>),
 }
 
 /// What an image is in its chain.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Opening {
+pub enum Opening {
     Top,
     /// Below, and this process is still writing to it.
     Own,
     Below,
 }
 
-fn open_host(options: &OpenOptions, path: &Path, how: Opening) -> Result<HostFile, BuildError> {
-    let top = how == Opening::Top;
+/// Opens a file of a chain as what it is in it; only what is at the top is written to.
+pub fn open_file_as(
+    options: &OpenOptions,
+    path: &Path,
+    how: Opening,
+) -> Result<HostFile, BuildError> {
     let options = OpenOptions {
         path: path.into(),
-        readonly: options.readonly || !top,
+        readonly: options.readonly || how != Opening::Top,
         ..options.clone()
     };
-    let host = match how {
+    match how {
         Opening::Own => open_beside_own(&options),
         Opening::Top | Opening::Below => open_file(&options),
-    };
-    if top {
+    }
+}
+
+fn open_host(options: &OpenOptions, path: &Path, how: Opening) -> Result<HostFile, BuildError> {
+    let host = open_file_as(options, path, how);
+    if how == Opening::Top {
         return host;
     }
     match host {
@@ -510,18 +592,28 @@ pub fn backing_file(
             return Err(refused(overlay, reason));
         }
     };
-    let is_protocol = backing
-        .name
+    match beside(overlay, &backing.name) {
+        Some(path) => Ok((path, format)),
+        None => {
+            let reason = format!("the name of its backing file, `{name}`, is not that of a file");
+            Err(refused(overlay, reason))
+        }
+    }
+}
+
+/// Where the file is that the header of `image` names, relative to its folder; `None` where that is
+/// not the name of a file.
+pub fn beside(image: &Path, name: &[u8]) -> Option<PathBuf> {
+    let is_protocol = name
         .iter()
         .find(|byte| matches!(byte, b':' | b'/'))
         .is_some_and(|byte| *byte == b':');
-    if is_protocol || backing.name.contains(&0) {
-        let reason = format!("the name of its backing file, `{name}`, is not that of a file");
-        return Err(refused(overlay, reason));
+    if is_protocol || name.contains(&0) {
+        return None;
     }
     // An absolute name replaces the folder.
-    let folder = overlay.parent().unwrap_or(Path::new(""));
-    Ok((folder.join(OsStr::from_bytes(&backing.name)), format))
+    let folder = image.parent().unwrap_or(Path::new(""));
+    Some(folder.join(OsStr::from_bytes(name)))
 }
 
 pub fn refused(path: &Path, reason: impl AsRef<str>) -> BuildError {

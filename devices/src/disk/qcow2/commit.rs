@@ -16,7 +16,7 @@ impl Qcow2Image {
         let steps = self.steps()?;
         let path = self.options.path.display();
         let refuse = |reason: String| BuildError::from(Invalid::new("id", reason));
-        let (Some(control), Some(layer)) = (&self.control, self.chain.layers.get(1)) else {
+        let (Some(control), Some(layer)) = (&self.control, self.chain.images().get(1)) else {
             return Err(refuse(format!("{path} has no backing file")));
         };
         let below = std::path::absolute(&layer.path)
@@ -28,6 +28,11 @@ impl Qcow2Image {
                 "the backing file {shown} has {} bytes, more than the disk, which would become \
                  larger",
                 layer.disk_bytes()
+            )));
+        }
+        if layer.layout().is_some_and(|layout| layout.external) {
+            return Err(refuse(format!(
+                "not supported yet: writing the backing file {shown}, whose data is in another file"
             )));
         }
         // Another file may have come where it was.
@@ -54,7 +59,7 @@ impl Qcow2Image {
             Ok(match format {
                 Format::Raw => Arc::new(RawImage::of(checked(host, &options)?, &options)),
                 Format::Qcow2 => {
-                    let (chain, top) = Chain::open_again(&options, &host)?;
+                    let (chain, top) = Chain::open_again(&options, &host, None)?;
                     Arc::new(Self::of(chain, top, &options, Opened::BesideReader)?)
                 }
             })

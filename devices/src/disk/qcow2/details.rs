@@ -136,6 +136,7 @@ impl Details {
             cluster_bits: self.header.cluster_bits,
             extended: self.header.extended_l2,
             version: self.header.version,
+            external: self.header.data.is_some(),
         }
     }
 

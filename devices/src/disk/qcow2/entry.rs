@@ -61,6 +61,8 @@ pub struct Entries {
     pub cluster_bits: u32,
     pub extended: bool,
     pub version: u32,
+    /// Data is in an external file, where offset 0 is as good as any.
+    pub external: bool,
 }
 
 impl Entries {
@@ -105,7 +107,8 @@ impl Entries {
         if at.trailing_zeros() < self.cluster_bits {
             return Err(Wrong::Misaligned);
         }
-        let offset = (at != 0).then_some(at);
+        let at_start = self.external && entry & COPIED != 0 && !plain_zero;
+        let offset = (at != 0 || at_start).then_some(at);
         let (allocated, zero) = match (self.extended, plain_zero) {
             (true, _) => (bitmap as u32, (bitmap >> 32) as u32),
             (false, true) => (0, u32::MAX),
@@ -133,6 +136,7 @@ mod tests {
         cluster_bits: 16,
         extended: false,
         version: 3,
+        external: false,
     };
 
     #[test]
@@ -151,6 +155,13 @@ mod tests {
             plain(Some(0x5_0000), 0, u32::MAX)
         );
         assert_eq!(PLAIN.read(0x5_0000, 0), plain(Some(0x5_0000), u32::MAX, 0));
+        let external = Entries {
+            external: true,
+            ..PLAIN
+        };
+        assert_eq!(external.read(COPIED, 0), plain(Some(0), u32::MAX, 0));
+        assert_eq!(external.read(COPIED | 1, 0), plain(None, 0, u32::MAX));
+        assert_eq!(external.read(0, 0), plain(None, 0, 0));
         assert_eq!(PLAIN.read(0x5_0200, 0), Err(Wrong::Misaligned));
         assert_eq!(PLAIN.read(0x5_0002, 0), Err(Wrong::Reserved));
         let extended = Entries {
@@ -175,19 +186,28 @@ mod tests {
             bits in 14_u32..=21,
             extended: bool,
             version in 2_u32..=3,
-            entry in prop_oneof![any::<u64>(), (0_u64..64).prop_map(|n| n << 21), 0_u64..2],
+            external: bool,
+            entry in prop_oneof![
+                any::<u64>(),
+                (0_u64..64).prop_map(|n| n << 21),
+                0_u64..2,
+                (0_u64..2).prop_map(|n| n | COPIED),
+            ],
             bitmap in prop_oneof![Just(0), any::<u64>()],
         ) {
             use super::super::header::Compression;
             use super::super::map::{Layout, Mapping};
-            let entries = Entries { cluster_bits: bits, extended, version };
+            let entries = Entries { cluster_bits: bits, extended, version, external };
             let bitmap = if extended { bitmap } else { 0 };
             let mut slice = vec![0; 4096];
             slice[..8].copy_from_slice(&entry.to_be_bytes());
             if extended {
                 slice[8..16].copy_from_slice(&bitmap.to_be_bytes());
             }
-            let layout = Layout::for_test(bits, extended, version, Compression::Zlib);
+            let layout = Layout {
+                external,
+                ..Layout::for_test(bits, extended, version, Compression::Zlib)
+            };
             let mapped = layout.map(&slice, &layout.place(0), 512).map(|(mapping, _)| mapping);
             let read = entries.read(entry, bitmap);
             match (mapped, read) {

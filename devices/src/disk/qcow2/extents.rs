@@ -18,6 +18,7 @@ use super::super::lock::ImageLock;
 use super::super::open::{HostFile, open_file, open_unlocked};
 use super::super::{Format, OpenOptions};
 use super::chain::backing_file;
+use super::data_file;
 use super::decompress::Inflated;
 use super::details::{Details, read_up_to};
 use super::entry::{Cluster, Entries, L1_RESERVED, OFFSET};
@@ -77,6 +78,8 @@ struct Tables {
     entries: Entries,
     layout: Layout,
     backing: Option<Backing>,
+    /// Where its data is, if not in its own file; that is not opened.
+    data: Option<PathBuf>,
     l1: Box<[u64]>,
     file_bytes: u64,
     /// The slice that was read last, and where.
@@ -133,7 +136,9 @@ impl Extents {
                     {
                         next = Some(backing_file(backing, &path, options)?);
                     }
+                    let data = details.header.data.as_ref();
                     let tables = Tables {
+                        data: data.map(|d| data_file::place(d, &path)).transpose()?,
                         entries: details.entries(),
                         layout: Layout::new(&details.header),
                         backing: details.header.backing.clone(),
@@ -183,6 +188,10 @@ impl Extents {
         while done < len {
             let at = position + done as u64;
             let layer = self.layers.first_mut().ok_or(Errno::IO)?;
+            if layer.data_path().is_some() {
+                let what = "the data file of an image is not read in this way";
+                return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+            }
             let said = said(layer, at, (len - done) as u64)?;
             let piece = &mut bytes[done..done + said.length as usize];
             match (said.data, said.offset) {
@@ -205,11 +214,16 @@ impl Extents {
         self.layers.first().map_or(0, |layer| layer.size_bytes)
     }
 
-    /// The file of an image of the chain.
+    /// The file in which an image of the chain has its data.
     pub fn path(&self, depth: usize) -> &Path {
-        self.layers
-            .get(depth)
-            .map_or(Path::new(""), |layer| &layer.path)
+        self.layers.get(depth).map_or(Path::new(""), |layer| {
+            layer.data_path().unwrap_or(&layer.path)
+        })
+    }
+
+    /// The external data file of the topmost image.
+    pub fn data_path(&self) -> Option<&Path> {
+        self.layers.first()?.data_path()
     }
 
     /// Whether it has a backing file that was followed.
@@ -281,6 +295,10 @@ impl Extents {
 }
 
 impl Layer {
+    fn data_path(&self) -> Option<&Path> {
+        self.tables.as_ref()?.data.as_deref()
+    }
+
     /// Fills a piece of the disk that is in one compressed cluster, of the slice looked at last.
     fn decompress(&mut self, position: u64, piece: &mut [u8]) -> io::Result<()> {
         let tables = self.tables.as_mut().ok_or(Errno::IO)?;
@@ -372,6 +390,9 @@ impl Tables {
         let read = read.map_err(|_| corrupt("the L2 entry"))?;
         let rest = (1 << bits) - within;
         Ok(match read {
+            Cluster::Compressed { .. } if self.data.is_some() => {
+                return Err(corrupt("a compressed cluster beside a data file"));
+            }
             Cluster::Compressed { .. } => Said {
                 length: length.min(rest),
                 zero: false,
@@ -397,6 +418,9 @@ impl Tables {
                 };
                 let offset = offset.map(|offset| offset + within);
                 let (data, zero) = kind(first);
+                if self.data.is_some() && data && offset != Some(position) {
+                    return Err(corrupt("the place in the data file"));
+                }
                 Said {
                     zero,
                     data,

@@ -36,6 +36,10 @@ const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 pub const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 /// Autoclear feature bit 0: the bitmaps know of all that was written.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
+const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+
+/// Autoclear feature: the external data file, read as a raw image, is the disk.
+pub const AUTOCLEAR_RAW: u64 = 1 << 1;
 
 /// Why an image can't be used.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -74,6 +78,16 @@ pub struct Backing {
     pub name: Vec<u8>,
     /// Its format, where that is recorded.
     pub format: Option<Vec<u8>>,
+}
+
+/// The external data file of an image, where the guest's data is instead of in the image itself:
+/// at the same offset as on the disk, and without refcounts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalData {
+    /// Its name, as it stands in the header; not empty.
+    pub name: Vec<u8>,
+    /// The file, read as a raw image, is the disk, and whoever writes keeps it so.
+    pub raw: bool,
 }
 
 /// What a header says that matters to a writer only.
@@ -122,6 +136,8 @@ pub struct Header {
     pub writing: Writing,
     /// What lies below it.
     pub backing: Option<Backing>,
+    /// Where its data is, if not in its own file.
+    pub data: Option<ExternalData>,
 }
 
 /// The cluster size that a header claims, checked; so much of the file it may take.
@@ -194,6 +210,14 @@ impl Header {
             autoclear: if version == 3 { fields.u64(88)? } else { 0 },
             unknown_extensions: extensions.unknown,
         };
+        let data = match features & EXTERNAL_DATA_FILE {
+            0 => None,
+            _ => Some(external_data(
+                &writing,
+                extensions.data_file,
+                name.is_some(),
+            )?),
+        };
         Ok(Self {
             version,
             cluster_bits: cluster.trailing_zeros(),
@@ -208,6 +232,7 @@ impl Header {
                 name,
                 format: extensions.backing_format,
             }),
+            data,
         })
     }
 }
@@ -255,6 +280,7 @@ struct Extensions {
     backing_format: Option<Vec<u8>>,
     /// Entries of 48 bytes.
     feature_names: Vec<u8>,
+    data_file: Option<Vec<u8>>,
     unknown: bool,
 }
 
@@ -280,6 +306,7 @@ impl Extensions {
                 EXTENSION_FEATURE_NAMES => found.feature_names = data.to_vec(),
                 // Without [`AUTOCLEAR_BITMAPS`] it says nothing, and owns nothing.
                 EXTENSION_BITMAPS => {}
+                EXTENSION_DATA_FILE => found.data_file = Some(data.to_vec()),
                 _ => found.unknown = true,
             }
             at += 8 + len.next_multiple_of(8);
@@ -289,16 +316,12 @@ impl Extensions {
 }
 
 fn check_features(features: u64, names: &[u8]) -> Result<(), Unusable> {
-    let unknown = features & !(DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2);
+    let known = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2;
+    let unknown = features & !known;
     if unknown == 0 {
         return Ok(());
     }
     let bit = unknown.trailing_zeros();
-    if unknown & EXTERNAL_DATA_FILE != 0 {
-        return Err(Unusable::Unsupported(format!(
-            "an external data file (incompatible feature bit {bit})"
-        )));
-    }
     let name = names
         .chunks_exact(48)
         .find(|entry| entry[0] == 0 && u32::from(entry[1]) == bit)
@@ -310,6 +333,35 @@ fn check_features(features: u64, names: &[u8]) -> Result<(), Unusable> {
         "incompatible feature bit {bit}{}",
         name.unwrap_or_default()
     )))
+}
+
+/// What an image with an external data file must and must not have beside.
+fn external_data(
+    writing: &Writing,
+    name: Option<Vec<u8>>,
+    has_backing: bool,
+) -> Result<ExternalData, Unusable> {
+    let Some(name) = name.filter(|name| !name.is_empty()) else {
+        return Err(damaged(
+            "its data is in an external data file, whose name it does not record",
+        ));
+    };
+    if name.len() > MAX_BACKING_NAME as usize {
+        return Err(damaged("the name of its external data file is too long"));
+    }
+    let raw = writing.autoclear & AUTOCLEAR_RAW != 0;
+    if raw && has_backing {
+        return Err(damaged(
+            "its external data file is said to be all of the disk (data_file_raw), and yet it has a \
+             backing file",
+        ));
+    }
+    if writing.snapshots != 0 {
+        return Err(damaged(
+            "it has an external data file, and internal snapshots, which are not possible then",
+        ));
+    }
+    Ok(ExternalData { name, raw })
 }
 
 fn check_encryption(method: u32) -> Result<(), Unusable> {
@@ -458,6 +510,7 @@ mod tests {
         );
         let external = with(&[(72, &4_u64.to_be_bytes())]).unwrap_err().to_string();
         assert!(external.contains("external data file"), "{external}");
+        assert!(with(&[(88, &2_u64.to_be_bytes())]).unwrap().data.is_none());
         let luks = with(&[(32, &2_u32.to_be_bytes())]).unwrap_err().to_string();
         assert!(luks.contains("encryption (LUKS)"), "{luks}");
     }

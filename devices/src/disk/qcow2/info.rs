@@ -68,6 +68,12 @@ pub struct Qcow2Info {
     pub compat: String,
     /// Of compressed clusters.
     pub compression_type: String,
+    /// Name of the file that has its data, as it stands in the header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
+    /// Whether that file, read as a raw image, is the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_file_raw: Option<bool>,
     /// Refcounts may lag behind.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lazy_refcounts: Option<bool>,
@@ -182,8 +188,8 @@ fn tell(info: &mut ImageInfo, details: &Details, path: &Path) {
     info.virtual_size = header.size_bytes;
     info.cluster_size = Some(details.cluster_bytes());
     info.dirty_flag = details.incompatible & DIRTY != 0;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     if let Some(backing) = &header.backing {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let name = text(&backing.name);
         let folder = path.parent().unwrap_or(Path::new(""));
         info.full_backing_filename = Some(folder.join(&name).display().to_string());
@@ -213,6 +219,8 @@ fn tell(info: &mut ImageInfo, details: &Details, path: &Path) {
                 Compression::Zlib => "zlib".into(),
                 Compression::Zstd => "zstd".into(),
             },
+            data_file: header.data.as_ref().map(|data| text(&data.name)),
+            data_file_raw: header.data.as_ref().map(|data| data.raw),
             lazy_refcounts: v3.then_some(details.lazy_refcounts),
             bitmaps: details
                 .bitmaps

@@ -17,6 +17,9 @@ pub const COMPRESSED: u64 = 1 << 62;
 /// In an L2 entry: the cluster reads as zeroes.
 pub const ZERO: u64 = 1;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// In an L2 entry: nothing else refers to the host cluster. With an external data file it also tells
+/// a cluster at offset 0 from one that there is not.
+pub const COPIED: u64 = 1 << 63;
 /// What must be 0 in the L2 entry of a cluster that is not compressed.
 pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// In L1 and L2 entries: an offset in the file.
@@ -62,6 +65,8 @@ pub struct Layout {
     pub version: u32,
     /// How its compressed clusters are.
     pub compression: Compression,
+    /// Data is in an external file, where offset 0 is as good as any.
+    pub external: bool,
 }
 
 /// Where to look for a mapping.
@@ -87,6 +92,7 @@ impl Layout {
             entry_bits: if header.extended_l2 { 4 } else { 3 },
             version: header.version,
             compression: header.compression,
+            external: header.data.is_some(),
         }
     }
 
@@ -103,7 +109,13 @@ impl Layout {
             entry_bits: if extended { 4 } else { 3 },
             version,
             compression,
+            external: false,
         }
+    }
+
+    /// Whether an L2 entry of no compressed cluster has a place for its data.
+    pub fn has_place(&self, entry: u64) -> bool {
+        entry & OFFSET != 0 || (self.external && entry & COPIED != 0)
     }
 
     /// Bytes in a cluster.
@@ -227,16 +239,17 @@ impl Layout {
                 _ => Ok((Mapping::Zero, rest)),
             };
         }
-        match offset {
-            0 => Ok((Mapping::Unallocated, rest)),
-            _ => Ok((Mapping::Data(offset + within), rest)),
+        match self.has_place(entry) {
+            false => Ok((Mapping::Unallocated, rest)),
+            true => Ok((Mapping::Data(offset + within), rest)),
         }
     }
 
     fn subclusters(&self, entry: u64, bitmap: u64, within: u64) -> Result<(Mapping, u64), Corrupt> {
         let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
         let offset = entry & OFFSET;
-        if entry & ZERO != 0 || allocated & zero != 0 || (offset == 0 && allocated != 0) {
+        if entry & ZERO != 0 || allocated & zero != 0 || (!self.has_place(entry) && allocated != 0)
+        {
             return Err(Corrupt);
         }
         let unit = self.unit_bytes();
@@ -286,6 +299,7 @@ mod tests {
             entry_bits: if extended { 4 } else { 3 },
             version,
             compression: Compression::Zlib,
+            external: false,
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Versions 2 and 3, with plain, zero and compressed clusters (zlib and zstd), subclusters, refcounts
 //! of all widths, internal snapshots (which are kept as they are), and backing files to any sane
-//! depth. Not: external data files, encryption.
+//! depth, and external data files (`data_file`). Not: encryption.
 //!
 //! ```text
 //!   header ─ parsed and checked at open, pure          chain ─ an image and what lies below it
@@ -26,6 +26,7 @@ mod chain;
 pub mod check;
 mod commit;
 pub mod create;
+mod data_file;
 mod decompress;
 mod details;
 mod entry;
@@ -75,6 +76,8 @@ pub struct Qcow2Image {
     writable: Option<Mutex<Option<Writable>>>,
     /// The topmost image's file, and its lock.
     host: HostFile,
+    /// The same of its external data file.
+    data: Option<HostFile>,
     /// What the queue of an image that is written to shares with it.
     control: Option<Arc<Control>>,
     snapshots: Vec<String>,
@@ -103,33 +106,35 @@ impl Qcow2Image {
     /// Opens and locks all of the chain.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
         let (mut chain, mut top) = Chain::open(options)?;
+        if !options.readonly {
+            data_file::check_writing(&top.header, &options.path)?;
+        }
         if top.header.writing.dirty && !top.header.corrupt && !options.readonly {
             if !top.host.block_device {
                 check::settle(options, &top.header, &top.host.file)?;
             }
-            (chain, top) = Chain::open_again(options, &top.host)?;
+            (chain, top) = Chain::open_again(options, &top.host, top.data.as_ref())?;
         }
         Self::of(chain, top, options, Opened::Usual)
     }
 
     /// Opens an overlay that is to be known as `name` of an image that this process is writing to,
-    /// in the file `below`; nothing may be written there any more.
+    /// in the files `below`, the image's and maybe one for its data; nothing may be written there
+    /// any more.
     pub fn open_overlay(
         options: &OpenOptions,
         name: &Path,
-        below: &File,
+        below: &[Arc<File>],
     ) -> Result<Self, BuildError> {
         let (mut chain, top) = Chain::open_over_own(options)?;
-        let stat = |file: &File| {
+        let identity = |file: &Arc<File>| {
             let stat = rustix::fs::fstat(file);
-            stat.map_err(|e| BuildError::host("looking at a backing file", e))
+            let stat = stat.map_err(|e| BuildError::host("looking at a backing file", e))?;
+            Ok::<_, BuildError>((stat.st_dev, stat.st_ino))
         };
-        let expected = stat(below)?;
-        let found = match chain.layers.get(1) {
-            Some(layer) => stat(&layer.file)?,
-            None => return Err(chain::refused(name, "it has no backing file")),
-        };
-        if (found.st_dev, found.st_ino) != (expected.st_dev, expected.st_ino) {
+        let expected: Result<Vec<_>, _> = below.iter().map(identity).collect();
+        let found: Result<Vec<_>, _> = chain.files_of(1).map(identity).collect();
+        if expected? != found? {
             let reason = "another file has come where the disk's image was";
             return Err(chain::refused(name, reason));
         }
@@ -160,13 +165,15 @@ impl Qcow2Image {
             return Err(Invalid::new("path", "there is no image").into());
         };
         let unit = first.layout();
+        // What the guest writes to.
+        let data = top.data.as_ref().unwrap_or(&top.host);
         let geometry = Geometry {
             logical_block: match options.readonly {
                 // Whatever O_DIRECT asks for is done here.
                 true => SECTOR as u32,
-                false => top.host.geometry.logical_block,
+                false => data.geometry.logical_block,
             },
-            physical_block: top.host.geometry.physical_block,
+            physical_block: data.geometry.physical_block,
             discard_granularity: unit.map_or(SECTOR, Layout::unit_bytes) as u32,
         };
         let chain = Arc::new(chain);
@@ -195,6 +202,7 @@ impl Qcow2Image {
             writable,
             chain,
             host: top.host,
+            data: top.data,
             options: options.clone(),
         })
     }
@@ -207,7 +215,7 @@ impl Qcow2Image {
         let Some(control) = &self.control else {
             return Err(refuse("is open for reading only"));
         };
-        if self.chain.layers.len() < 2 {
+        if self.chain.images().len() < 2 {
             return Err(refuse("has no backing file"));
         }
         if !self.snapshots.is_empty() {
@@ -252,11 +260,21 @@ impl Image for Qcow2Image {
     }
 
     fn host_file(&self) -> Arc<File> {
-        self.host.file.clone()
+        let data = self.data.as_ref().unwrap_or(&self.host);
+        data.file.clone()
+    }
+
+    fn files(&self) -> Vec<Arc<File>> {
+        let files = [Some(&self.host), self.data.as_ref()];
+        files
+            .into_iter()
+            .flatten()
+            .map(|f| f.file.clone())
+            .collect()
     }
 
     fn info(&self) -> io::Result<ImageInfo> {
-        let layers = &self.chain.layers;
+        let layers = self.chain.images();
         let layout = layers.first().and_then(|top| top.layout());
         let backing = layers.iter().skip(1).map(|layer| BackingInfo {
             path: layer.path.clone(),
@@ -299,18 +317,21 @@ impl Image for Qcow2Image {
     }
 
     fn reopen_base(&self) -> Result<Box<dyn Image>, BuildError> {
-        let (chain, top) = Chain::open_again(&self.options, &self.host)?;
+        let (chain, top) = Chain::open_again(&self.options, &self.host, self.data.as_ref())?;
         let image = Self::of(chain, top, &self.options, Opened::AfterReader)?;
         Ok(Box::new(image))
     }
 
     fn reopen_alone(&self) -> Result<Box<dyn Image>, BuildError> {
         let options = OpenOptions {
-            // It has none, or is refused.
-            backing_files: false,
+            // It has none, or is refused; unless there is a data file, which is open.
+            backing_files: self.data.is_some(),
             ..self.options.clone()
         };
-        let (chain, top) = Chain::open_again(&options, &self.host)?;
+        let (chain, top) = Chain::open_again(&options, &self.host, self.data.as_ref())?;
+        if chain.images().len() > 1 {
+            return Err(chain::refused(&options.path, "it has a backing file again"));
+        }
         let mut image = Self::of(chain, top, &options, Opened::Usual)?;
         image.options.backing_files = self.options.backing_files;
         Ok(Box::new(image))

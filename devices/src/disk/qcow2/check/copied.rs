@@ -34,7 +34,7 @@ impl Checker<'_, '_> {
                     self.file.write_all_at(&mended, start + index * 8)?;
                 }
             }
-            self.copied_l2(table, &mut kept)
+            self.copied_l2(index, table, &mut kept)
         })
     }
 
@@ -44,6 +44,7 @@ impl Checker<'_, '_> {
 
     fn copied_l2(
         &mut self,
+        l1_index: u64,
         table: u64,
         kept: &mut Option<(u64, Vec<u8>)>,
     ) -> Result<(), ReadError> {
@@ -57,11 +58,22 @@ impl Checker<'_, '_> {
                 break;
             };
             let offset = entry & OFFSET;
+            let expected = (l1_index * entries.per_table() + index as u64) << entries.cluster_bits;
+            let plain = entry & COMPRESSED == 0 && offset != 0;
+            if entries.external && plain && offset != expected {
+                self.corruption(&format!(
+                    "external data file: the cluster at {expected:#x} of the disk is at \
+                     {offset:#x}: l2_entry={entry:x}"
+                ));
+            }
             let refcount = match entry & COMPRESSED != 0 {
                 // Never "copied"; that it is was told when references were counted.
                 true if entry & COPIED == 0 => continue,
                 true => 0,
-                false if offset == 0 || offset >> self.bits() >= self.clusters => continue,
+                false if offset == 0 => continue,
+                // Nothing else can refer to what is in the data file.
+                false if entries.external => 1,
+                false if offset >> self.bits() >= self.clusters => continue,
                 false => self.refcount(offset, kept)?,
             };
             if (entry & COPIED != 0) == (refcount == 1) {

@@ -6,6 +6,7 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::super::super::LockGranularity;
+use super::super::entry::{COMPRESSED, COPIED, OFFSET};
 use super::super::tests::qemu;
 use super::super::{create, extents};
 use super::*;
@@ -71,6 +72,88 @@ const KINDS: [&str; 9] = [
     "cluster_size=32k,extended_l2=on",
     "lazy_refcounts=on,preallocation=metadata",
 ];
+
+/// Without the figures that QEMU has of the data file.
+#[test]
+fn images_with_a_data_file_are_found_as_sound_as_they_are_and_mended() {
+    let Some(folder) = qemu::folder() else { return };
+    let at = folder.path();
+    for (number, kind) in [
+        "cluster_size=64k",
+        "cluster_size=4k,data_file_raw=on",
+        "cluster_size=32k,extended_l2=on",
+        "lazy_refcounts=on,preallocation=metadata",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let data = format!("{kind},data_file={}", at.join(number.to_string()).display());
+        let path = qemu::create(at, &format!("{number}.qcow2"), &data, 24 * MIB);
+        qemu::scribble(&path, 24 * MIB, 60, number as u64);
+        qemu::io(&path, &["write 0 1M".into()]);
+        let (found, lines) = look(&path, Repair::Nothing);
+        assert_eq!(found, judge(&path), "{kind}: {lines:?}");
+        assert_eq!(
+            (found.corruptions, found.leaks),
+            (0, 0),
+            "{kind}: {lines:?}"
+        );
+        let content = qemu::content(&path);
+
+        // An entry that does not say that it is alone.
+        let bytes = std::fs::read(&path).unwrap();
+        let word = |at: u64| {
+            let bytes = bytes[at as usize..].first_chunk();
+            u64::from_be_bytes(*bytes.unwrap())
+        };
+        let l2 = word(word(40)) & OFFSET;
+        let second = l2 + if kind.contains("extended") { 16 } else { 8 };
+        let entry = word(second);
+        write_word(&path, second, entry & !COPIED);
+        let (found, lines) = look(&path, Repair::Nothing);
+        assert_eq!(
+            (found, found.corruptions),
+            (judge(&path), 1),
+            "{kind}: {lines:?}"
+        );
+        let (mended, lines) = look(&path, Repair::All);
+        assert_eq!(mended.corruptions_fixed, 1, "{kind}: {lines:?}");
+        assert_eq!(look(&path, Repair::Nothing).0, judge(&path), "{kind}");
+        assert!(qemu::content(&path) == content, "{kind}");
+
+        // One that leads elsewhere, and one of what can't be: nobody knows what was meant.
+        write_word(&path, second, entry + (4 << 20));
+        let (found, lines) = look(&path, Repair::All);
+        assert!(found.corruptions > 0, "{kind}");
+        assert!(
+            lines.iter().any(|line| line.contains("of the disk is at")),
+            "{lines:?}"
+        );
+        write_word(&path, second, COMPRESSED | 512);
+        if kind.contains("extended") {
+            write_word(&path, second + 8, 0);
+        }
+        let (found, lines) = look(&path, Repair::All);
+        assert!(found.corruptions > 0, "{kind}");
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.contains("a compressed cluster")),
+            "{lines:?}"
+        );
+        let now = std::fs::read(&path).unwrap();
+        assert_eq!(
+            now[second as usize..][..8],
+            (COMPRESSED | 512).to_be_bytes()
+        );
+    }
+}
+
+fn write_word(path: &Path, offset: u64, word: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&word.to_be_bytes(), offset).unwrap();
+}
 
 #[test]
 fn sound_images_of_every_kind_are_found_sound_with_the_same_figures() {

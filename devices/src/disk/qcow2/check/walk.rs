@@ -185,6 +185,7 @@ impl Checker<'_, '_> {
         }
         let bytes = read_up_to(self.file, table, cluster as usize)?;
         let entries = self.details.entries();
+        let external = entries.external;
         let mut expected = None;
         for index in 0..bytes.len() / entries.bytes() {
             let Some((entry, bitmap)) = entries.words(&bytes, index) else {
@@ -216,7 +217,13 @@ impl Checker<'_, '_> {
                         self.report.compressed_clusters += 1;
                         self.report.fragmented_clusters += 1;
                     }
-                    self.count(offset, len, times, "a compressed cluster");
+                    match external {
+                        false => self.count(offset, len, times, "a compressed cluster"),
+                        true => self.senseless(&format!(
+                            "L2 entry {index} of the table at {table:#x}: a compressed cluster in an \
+                             image with an external data file: {entry:x}"
+                        )),
+                    }
                 }
                 Cluster::Plain {
                     offset: Some(offset),
@@ -229,7 +236,10 @@ impl Checker<'_, '_> {
                         }
                         expected = Some(offset + cluster);
                     }
-                    self.count(offset, cluster, times, "a cluster");
+                    // Nobody counts what is in the data file.
+                    if !external {
+                        self.count(offset, cluster, times, "a cluster");
+                    }
                 }
                 Cluster::Plain { offset: None, .. } => {}
             }

@@ -1,6 +1,7 @@
 //! The engine by itself, over images that qemu-img made and over hostile ones.
 
 mod chains;
+mod data_file;
 mod dirty;
 mod hostile;
 mod kinds;

@@ -1,9 +1,7 @@
 //! One cluster of the disk, as an L2 entry says and as a writer sees it.
 
+pub use super::super::map::COPIED;
 use super::super::map::{COMPRESSED, Compressed, Corrupt, L2_RESERVED, Layout, OFFSET, ZERO};
-
-/// Bit 63: this entry is the only one that refers to the host cluster.
-pub const COPIED: u64 = 1 << 63;
 
 /// The host cluster that an entry refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +57,7 @@ impl Cluster {
         let extended = layout.is_extended();
         let (entry, bitmap) = (word(at)?, if extended { word(at + 8)? } else { 0 });
         if entry & COMPRESSED != 0 {
-            if bitmap != 0 || entry & COPIED != 0 {
+            if bitmap != 0 || entry & COPIED != 0 || layout.external {
                 return Err(Corrupt);
             }
             return Ok(Self {
@@ -70,25 +68,26 @@ impl Cluster {
         }
         let offset = entry & OFFSET;
         let zero_flag = entry & ZERO != 0;
+        let has_place = layout.has_place(entry);
         if entry & L2_RESERVED != 0
             || !layout.is_aligned(offset)
-            || (offset == 0 && entry & COPIED != 0)
+            || (!has_place && entry & COPIED != 0)
             || (zero_flag && (extended || layout.version == 2))
         {
             return Err(Corrupt);
         }
-        let host = match offset {
-            0 => Host::None,
-            _ if entry & COPIED != 0 => Host::Owned(offset),
-            _ => Host::Shared(offset),
+        let host = match has_place {
+            false => Host::None,
+            true if entry & COPIED != 0 => Host::Owned(offset),
+            true => Host::Shared(offset),
         };
         let (data, zero) = if extended {
             (bitmap as u32, (bitmap >> 32) as u32)
         } else {
-            let data = u32::from(offset != 0 && !zero_flag);
+            let data = u32::from(has_place && !zero_flag);
             (data, u32::from(zero_flag))
         };
-        if data & zero != 0 || (offset == 0 && data != 0) {
+        if data & zero != 0 || (!has_place && data != 0) {
             return Err(Corrupt);
         }
         Ok(Self { host, data, zero })
@@ -127,6 +126,7 @@ mod tests {
             entry_bits: if extended { 4 } else { 3 },
             version,
             compression: Compression::Zlib,
+            external: false,
         }
     }
 
@@ -160,6 +160,29 @@ mod tests {
         }
         assert_eq!(read(2, 1), Err(Corrupt));
         assert!(read(3, 1).is_ok());
+    }
+
+    #[test]
+    fn with_an_external_data_file_offset_0_is_a_place_and_nothing_is_compressed() {
+        for extended in [false, true] {
+            let layout = Layout {
+                external: true,
+                ..layout(extended, 3)
+            };
+            let mut slice = vec![0; 4096];
+            let none = Cluster::read(&layout, &slice, 0);
+            assert_eq!(none, Ok(Cluster::ABSENT));
+            let owned = Cluster {
+                host: Host::Owned(0),
+                data: Cluster::all(&layout),
+                zero: 0,
+            };
+            owned.write(&layout, &mut slice, 0);
+            assert_eq!(Cluster::read(&layout, &slice, 0), Ok(owned));
+            slice[..8].copy_from_slice(&(COMPRESSED | 512).to_be_bytes());
+            slice[8..16].fill(0);
+            assert_eq!(Cluster::read(&layout, &slice, 0), Err(Corrupt));
+        }
     }
 
     #[test]

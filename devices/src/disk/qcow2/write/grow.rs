@@ -46,7 +46,7 @@ impl Engine {
         // What must become zeroes, so that it does not come to light.
         let below = self
             .chain
-            .layers
+            .images()
             .get(1)
             .map_or(0, |layer| layer.disk_bytes());
         let hidden = below.max(old.next_multiple_of(cluster)).min(size_bytes);

@@ -14,6 +14,7 @@ use super::super::super::pool::{Pool, Threads};
 use super::super::super::ring::{self, Ring};
 use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
+use super::super::data_file;
 use super::super::header::{AUTOCLEAR_BITMAPS, Header, OFFSET_LIMIT};
 use super::super::map::Layout;
 use super::control::Control;
@@ -225,7 +226,7 @@ impl Writable {
             widths: self.widths,
             block_bytes: self.block_bytes,
             direct: self.chain.layers.first().and_then(|layer| layer.direct),
-            has_backing: self.chain.layers.len() > 1,
+            has_backing: self.chain.images().len() > 1,
             io: Io::new(backend, files, capacity),
             tables: Mutex::new(self.tables),
             clusters: RangeLock::default(),
@@ -253,6 +254,7 @@ fn check(header: &Header, layout: &Layout, layer: &Layer, path: &Path) -> Result
     if layer.block_device {
         return no("not supported yet: writing a qcow2 image on a block device");
     }
+    data_file::check_writing(header, path)?;
     if header.corrupt {
         return no(
             "it is marked as corrupt, and can only be read (`readonly`) until it is repaired",
