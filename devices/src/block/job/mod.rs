@@ -21,7 +21,7 @@
 //! the guest writes meanwhile is noted in the disk's queue, and copied again. At any moment the
 //! image over the base shows the disk: what has come into the base is what the image hides. In the
 //! end ([`Job::conclude`]) the queue stands still, the last of it is copied, and the disk goes on
-//! with the base under the configuration that [`Block::config`] then has ([`DiskConfig::path`],
+//! with the base under the configuration that [`Block::config`] then has ([`super::DiskConfig::path`],
 //! `image_type` and `serial` differ); the image, which nobody uses any more, is emptied.
 //! While there is such a job the base is locked as one that is written to.
 
