@@ -3,9 +3,10 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use super::Block;
 use crate::config::BuildError;
-use crate::disk;
 use crate::disk::exchange::Exchange;
+use crate::disk::{self, Image};
 use crate::worker::{Order, Worker};
 
 /// How long the queues may take to write out what they have.
@@ -88,6 +89,15 @@ pub fn ask(worker: &Worker, step: impl FnOnce(disk::exchange::Reply) -> Exchange
     let (reply, answer) = channel();
     worker.order(Order::Exchange(step(reply)));
     answer
+}
+
+impl Block {
+    /// Opens a queue of an image for a worker that stands still, which takes it in.
+    pub(super) fn stage(&self, worker: &Worker, image: &dyn Image) -> std::io::Result<()> {
+        let queue = image.open_queue_with(self.engine_depth(), Some(&self.threads))?;
+        let staged = ask(worker, |reply| Exchange::Stage(queue, reply));
+        staged.recv().unwrap_or_else(|_| Err(gone()))
+    }
 }
 
 /// A worker is.

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
 
-use super::frozen::{Answer, FreezeError, Frozen, ask, gone};
+use super::frozen::{Answer, FreezeError, Frozen, ask};
 use super::{Block, DiskConfig, ImageType, LockGranularity, Opened};
 use crate::config::{BuildError, Invalid};
 use crate::disk::exchange::Exchange;
@@ -224,14 +224,7 @@ impl<'a> Move<'a> {
             return Err(Invalid::new("path", "the overlay has not the size of the disk").into());
         }
         let failed = |e| BuildError::host(format!("opening {}", self.path.display()), e);
-        let threads = Some(&self.block.threads);
-        let queue = image.open_queue_with(self.block.engine_depth(), threads);
-        let queue = queue.map_err(failed)?;
-        let staged = ask(self.worker, |reply| Exchange::Stage(queue, reply));
-        staged
-            .recv()
-            .unwrap_or_else(|_| Err(gone()))
-            .map_err(failed)?;
+        self.block.stage(self.worker, &image).map_err(failed)?;
         self.image = Some(image);
         Ok(())
     }

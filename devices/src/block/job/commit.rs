@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::thread::{End, Told, Work};
 use super::{ConcludeError, Job, JobStatus};
-use crate::block::frozen::{Frozen, ask, gone};
+use crate::block::frozen::{Frozen, ask};
 use crate::block::{Block, ImageType, Opened, snapshot};
 use crate::config::{BuildError, Invalid};
 use crate::disk::blocking::Blocking;
@@ -221,13 +221,7 @@ impl Job {
                 return refuse("the base has another size than the disk");
             }
             let failed = |e| not_moved(BuildError::host("opening the disk's base", e));
-            let queue = image
-                .open_queue_with(block.engine_depth(), Some(&block.threads))
-                .map_err(failed)?;
-            ask(worker, |reply| Exchange::Stage(queue, reply))
-                .recv()
-                .unwrap_or_else(|_| Err(gone()))
-                .map_err(failed)?;
+            block.stage(worker, image.as_ref()).map_err(failed)?;
             match self.empty(worker, old.as_ref()) {
                 Ok(()) => {}
                 Err((false, error)) => {

@@ -84,13 +84,7 @@ impl Job {
                 return refuse("the image has another size than the disk");
             }
             let failed = |e| BuildError::host("opening the disk's image anew", e);
-            let queue = image
-                .open_queue_with(block.engine_depth(), Some(&block.threads))
-                .map_err(failed)?;
-            ask(worker, |reply| Exchange::Stage(queue, reply))
-                .recv()
-                .unwrap_or_else(|_| Err(gone()))
-                .map_err(failed)?;
+            block.stage(worker, image.as_ref()).map_err(failed)?;
             // Nothing fails any more.
             old.hand_over();
             // A worker that is gone has closed its engine.

@@ -376,22 +376,7 @@ fn a_commit_goes_on_while_the_vm_is_paused_and_the_disk_stays_paused() {
         let (mut job, told) = begin(&disk.block, None);
         ready(&job, &told);
         job.conclude(&disk.block, false).unwrap();
-        disk.header(HEADER, 1, 0);
-        disk.driver.poke(STATUS, &[0xee]);
-        disk.driver.poke(DATA, &bytes_of(2));
-        let pieces = [
-            (HEADER, 16, false),
-            (DATA, BLOCK as u32, false),
-            (STATUS, 1, true),
-        ];
-        let head = disk.driver.chain(&pieces);
-        disk.driver.offer(head);
-        disk.driver.ring();
-        disk.pause();
-        assert_eq!(disk.driver.peek(STATUS, 1), [0xee]);
-        disk.worker().order(Order::Resume);
-        disk.driver.wait_used();
-        assert_eq!(disk.driver.peek(STATUS, 1), [OK]);
+        disk.write_when_resumed(&bytes_of(2));
         disk.reset();
         expected[..BLOCK].copy_from_slice(&bytes_of(2));
         expected[BLOCK..2 * BLOCK].copy_from_slice(&bytes_of(1));

@@ -288,22 +288,7 @@ fn a_job_goes_on_while_the_vm_is_paused_and_the_disk_stays_paused() {
         assert_eq!(job.view().status, JobStatus::Ready);
         job.conclude(&disk.block, false).unwrap();
         assert!(can_write(Format::Raw, &base));
-        disk.header(HEADER, 1, 0);
-        disk.driver.poke(STATUS, &[0xee]);
-        disk.driver.poke(DATA, &bytes_of(2));
-        let pieces = [
-            (HEADER, 16, false),
-            (DATA, BLOCK as u32, false),
-            (STATUS, 1, true),
-        ];
-        let head = disk.driver.chain(&pieces);
-        disk.driver.offer(head);
-        disk.driver.ring();
-        disk.pause();
-        assert_eq!(disk.driver.peek(STATUS, 1), [0xee]);
-        disk.worker().order(Order::Resume);
-        disk.driver.wait_used();
-        assert_eq!(disk.driver.peek(STATUS, 1), [OK]);
+        disk.write_when_resumed(&bytes_of(2));
         // A disk that has no driver, too.
         disk.reset();
         let mut expected = expected(0, SIZE as usize);

@@ -194,6 +194,27 @@ impl Disk {
         order_and_wait(self.worker(), Order::Pause);
     }
 
+    /// Offers a write to the beginning of the disk, which stands still, and has it go on then.
+    fn write_when_resumed(&mut self, bytes: &[u8]) {
+        self.header(HEADER, 1, 0);
+        self.driver.poke(STATUS, &[0xee]);
+        self.driver.poke(DATA, bytes);
+        let pieces = [
+            (HEADER, 16, false),
+            (DATA, bytes.len() as u32, false),
+            (STATUS, 1, true),
+        ];
+        let head = self.driver.chain(&pieces);
+        self.driver.offer(head);
+        self.driver.ring();
+        // Whoever is paused hears orders only, one after the other.
+        self.pause();
+        assert_eq!(self.driver.peek(STATUS, 1), [0xee]);
+        self.worker().order(Order::Resume);
+        self.driver.wait_used();
+        assert_eq!(self.driver.peek(STATUS, 1), [OK]);
+    }
+
     pub fn reset(&self) {
         order_and_wait(self.worker(), Order::Reset);
     }

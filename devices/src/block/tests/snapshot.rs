@@ -377,23 +377,7 @@ fn a_disk_of_a_paused_vm_stays_paused_and_one_without_a_driver_moves_on_too() {
     let mut disk = Disk::on(&base, PLAIN, serde_json::json!({}));
     disk.pause();
     snapshot(&[(&disk.block, &at("one"))], false).unwrap();
-    disk.header(HEADER, 1, 0);
-    disk.driver.poke(STATUS, &[0xee]);
-    disk.driver.poke(DATA, &numbered(3));
-    let pieces = [
-        (HEADER, 16, false),
-        (DATA, BLOCK as u32, false),
-        (STATUS, 1, true),
-    ];
-    let head = disk.driver.chain(&pieces);
-    disk.driver.offer(head);
-    disk.driver.ring();
-    // Whoever is paused hears orders only, one after the other.
-    disk.pause();
-    assert_eq!(disk.driver.peek(STATUS, 1), [0xee]);
-    disk.worker().order(Order::Resume);
-    disk.driver.wait_used();
-    assert_eq!(disk.driver.peek(STATUS, 1), [OK]);
+    disk.write_when_resumed(&numbered(3));
 
     disk.reset();
     snapshot(&[(&disk.block, &at("two"))], true).unwrap();

@@ -2,6 +2,17 @@
 
 use super::*;
 
+/// A commit of a disk that shows this comes to its end, and all is in the base.
+fn goes_on(mut disk: Disk, (base, format): (&Path, Format), expected: &[u8]) {
+    let (mut job, told) = begin(&disk.block, None);
+    ready(&job, &told);
+    job.conclude(&disk.block, true).unwrap();
+    assert!(content(&mut disk) == expected);
+    assert!(disk.io_errors().is_empty());
+    drop((job, disk));
+    assert!(content_of(base, format) == expected);
+}
+
 #[test]
 fn a_base_without_space_ends_a_commit_and_with_more_space_another_goes_on() {
     let Some(folder) = qemu::folder() else { return };
@@ -33,13 +44,7 @@ fn a_base_without_space_ends_a_commit_and_with_more_space_another_goes_on() {
         assert_eq!(disk.flush(), OK);
         assert!(content_shared(&path) == expected);
         small.enlarge();
-        let (mut job, told) = begin(&disk.block, None);
-        ready(&job, &told);
-        job.conclude(&disk.block, true).unwrap();
-        assert!(content(&mut disk) == expected);
-        assert!(disk.io_errors().is_empty());
-        drop((job, disk));
-        assert!(content_of(&base, format) == expected);
+        goes_on(disk, (&base, format), &expected);
     }
 }
 
@@ -77,13 +82,7 @@ fn a_base_without_space_for_the_rest_leaves_the_disk_on_its_image() {
         assert_eq!(disk.flush(), OK);
         assert!(content_shared(&path) == expected);
         small.make_space();
-        let (mut job, told) = begin(&disk.block, None);
-        ready(&job, &told);
-        job.conclude(&disk.block, true).unwrap();
-        assert!(content(&mut disk) == expected);
-        assert!(disk.io_errors().is_empty());
-        drop((job, disk));
-        assert!(content_of(&base, format) == expected);
+        goes_on(disk, (&base, format), &expected);
     }
 }
 
