@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::super::details::ReadError;
-use super::super::entry::{COMPRESSED, COPIED, L1_RESERVED, OFFSET};
+use super::super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, OFFSET};
 use super::{Checker, Repair, words};
 
 impl Checker<'_, '_> {
@@ -54,13 +54,17 @@ impl Checker<'_, '_> {
         };
         let mut dirty = false;
         for index in 0..bytes.len() / entries.bytes() {
-            let Some((entry, _)) = entries.words(&bytes, index) else {
+            let Some((entry, bitmap)) = entries.words(&bytes, index) else {
                 break;
             };
             let offset = entry & OFFSET;
             let expected = (l1_index * entries.per_table() + index as u64) << entries.cluster_bits;
-            let plain = entry & COMPRESSED == 0 && offset != 0;
-            if entries.external && plain && offset != expected {
+            // Offset 0 is a place too, with the COPIED bit.
+            let elsewhere = match entries.read(entry, bitmap) {
+                Ok(Cluster::Plain { offset, .. }) => offset.is_some_and(|at| at != expected),
+                _ => false,
+            };
+            if entries.external && elsewhere {
                 self.corruption(&format!(
                     "external data file: the cluster at {expected:#x} of the disk is at \
                      {offset:#x}: l2_entry={entry:x}"

@@ -122,13 +122,15 @@ fn images_with_a_data_file_are_found_as_sound_as_they_are_and_mended() {
         assert!(qemu::content(&path) == content, "{kind}");
 
         // One that leads elsewhere, and one of what can't be: nobody knows what was meant.
-        write_word(&path, second, entry + (4 << 20));
-        let (found, lines) = look(&path, Repair::All);
-        assert!(found.corruptions > 0, "{kind}");
-        assert!(
-            lines.iter().any(|line| line.contains("of the disk is at")),
-            "{lines:?}"
-        );
+        for elsewhere in [entry + (4 << 20), COPIED] {
+            write_word(&path, second, elsewhere);
+            let (found, lines) = look(&path, Repair::All);
+            assert!(found.corruptions > 0, "{kind}: {elsewhere:x}");
+            assert!(
+                lines.iter().any(|line| line.contains("of the disk is at")),
+                "{elsewhere:x}: {lines:?}"
+            );
+        }
         write_word(&path, second, COMPRESSED | 512);
         if kind.contains("extended") {
             write_word(&path, second + 8, 0);
