@@ -41,7 +41,7 @@ use utoipa::ToSchema;
 use self::commit::{Base, Below};
 pub use self::conclude::ConcludeError;
 use self::thread::{Task, Told, Work};
-use super::{Block, NAME_BYTES, snapshot};
+use super::{Block, LockGranularity, NAME_BYTES};
 use crate::allow;
 use crate::config::{BuildError, Invalid};
 use crate::disk::Image;
@@ -171,7 +171,7 @@ impl Block {
         let [worker] = &self.workers[..] else {
             return refuse("not supported yet: a disk with more than one queue");
         };
-        if !snapshot::is_possible(&config) {
+        if config.lock_granularity == LockGranularity::Full {
             return refuse("not supported yet: a disk whose `lock_granularity` is Full");
         }
         if self.job.swap(true, Ordering::SeqCst) {

@@ -141,6 +141,22 @@ fn a_disk_moves_down_to_its_raw_base_and_leaves_an_empty_image() {
     }
 }
 
+#[test]
+fn a_disk_of_several_queues_that_is_on_its_raw_base_is_refused_for_that_and_no_other_reason() {
+    let Some(folder) = qemu::folder() else { return };
+    let (_, path) = images(folder.path(), "cluster_size=64k");
+    let mut config = over();
+    config["num_queues"] = serde_json::json!(2);
+    let disk = Disk::on(&path, PLAIN, config);
+    let (mut job, told) = begin(&disk.block, None);
+    ready(&job, &told);
+    job.conclude(&disk.block, true).unwrap();
+    drop(job);
+    let reason = refused(&disk.block);
+    assert!(reason.contains("has no backing file"), "{reason}");
+    assert!(!disk.block.has_job());
+}
+
 /// Bases and overlays: the base's format and options, how it was made, and the overlay's options.
 const KINDS: [(&str, &str, &str); 11] = [
     ("raw", "", "cluster_size=64k"),
