@@ -329,25 +329,7 @@ fn a_commit_can_be_cancelled_locks_its_base_and_can_be_begun_again() {
     assert_eq!(thin.commit(Some(SLOW))["speed"], SLOW);
     assert!(!can_open(&thin.base, "raw", false), "it is written to");
     assert!(!can_open(&thin.base, "raw", true));
-    let overlay = thin.ballast.path("new");
-    let moved = json!({"disks": [{"id": "thin", "path": overlay}]});
-    for (path, body) in [
-        ("vm.commit-disk", json!({"id": "thin"})),
-        ("vm.stream-disk", json!({"id": "thin"})),
-        ("vm.snapshot-disk", moved),
-        (
-            "vm.resize-disk",
-            json!({"id": "thin", "desired_size": 2 * SIZE}),
-        ),
-    ] {
-        let answer = thin.client.try_put_json(path, &body);
-        assert_eq!(answer.status, 409, "{path}: {}", answer.text());
-        assert!(answer.reasons().contains("`job0` (commit)"), "{path}");
-    }
-    assert!(!overlay.exists());
-    let metrics = thin.client.request("GET", "metrics", None).text();
-    let line = "ballast_disk_job_total_bytes{device=\"thin\",job=\"job0\",kind=\"commit\"}";
-    assert!(metrics.contains(line), "{metrics}");
+    thin.is_the_only_one("job0", "commit");
 
     let job = json!({"id": "job0"});
     thin.client.put_json("vm.cancel-job", &job);

@@ -117,24 +117,7 @@ fn a_chain_made_by_qemu_img_is_pulled_flat() {
 fn a_job_keeps_to_its_speed_can_be_cancelled_and_begun_again() {
     let mut thin = Thin::boot();
     assert_eq!(thin.stream(Some(SLOW))["speed"], SLOW);
-    let overlay = thin.ballast.path("new");
-    let moved = json!({"disks": [{"id": "thin", "path": overlay}]});
-    for (path, body) in [
-        ("vm.stream-disk", json!({"id": "thin"})),
-        ("vm.snapshot-disk", moved),
-        (
-            "vm.resize-disk",
-            json!({"id": "thin", "desired_size": 2 * SIZE}),
-        ),
-    ] {
-        let answer = thin.client.try_put_json(path, &body);
-        assert_eq!(answer.status, 409, "{path}: {}", answer.text());
-        assert!(answer.reasons().contains("`job0` (stream)"), "{path}");
-    }
-    assert!(!overlay.exists());
-    let metrics = thin.client.request("GET", "metrics", None).text();
-    let line = "ballast_disk_job_total_bytes{device=\"thin\",job=\"job0\",kind=\"stream\"}";
-    assert!(metrics.contains(line), "{metrics}");
+    thin.is_the_only_one("job0", "stream");
 
     let job = json!({"id": "job0"});
     thin.client.put_json("vm.cancel-job", &job);

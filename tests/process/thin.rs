@@ -125,6 +125,30 @@ impl Thin {
         self.client.get("vm.jobs")
     }
 
+    /// While this job is at work nothing else is done with the disk; metrics tell of it.
+    pub fn is_the_only_one(&mut self, job: &str, kind: &str) {
+        let overlay = self.ballast.path("new");
+        let moved = json!({"disks": [{"id": "thin", "path": overlay}]});
+        let larger = json!({"id": "thin", "desired_size": 2 * SIZE});
+        for (path, body) in [
+            ("vm.commit-disk", json!({"id": "thin"})),
+            ("vm.stream-disk", json!({"id": "thin"})),
+            ("vm.snapshot-disk", moved),
+            ("vm.resize-disk", larger),
+        ] {
+            let answer = self.client.try_put_json(path, &body);
+            assert_eq!(answer.status, 409, "{path}: {}", answer.text());
+            let named = answer.reasons().contains(&format!("`{job}` ({kind})"));
+            assert!(named, "{path}");
+        }
+        assert!(!overlay.exists());
+        let metrics = self.client.request("GET", "metrics", None).text();
+        let line = format!(
+            "ballast_disk_job_total_bytes{{device=\"thin\",job=\"{job}\",kind=\"{kind}\"}}"
+        );
+        assert!(metrics.contains(&line), "{metrics}");
+    }
+
     /// Waits until the guest has written all it writes.
     pub fn settle(&mut self) {
         eventually("the guest has written", || {

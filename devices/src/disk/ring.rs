@@ -28,6 +28,16 @@ pub const ENTER: Allow = allow!(io_uring_enter);
 /// See [`ENTER`].
 pub const ENABLE: Allow = allow!(io_uring_register, 1 => Test::Is(REGISTER_ENABLE_RINGS));
 
+/// All that the rings of images that are written to may do.
+pub const OPERATIONS: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fallocate::CODE,
+    opcode::Fsync::CODE,
+];
+
 /// How often and how long to wait for the kernel to find memory for a submission.
 const SUBMIT_ATTEMPTS: u32 = 1000;
 const SUBMIT_PAUSE: Duration = Duration::from_millis(1);

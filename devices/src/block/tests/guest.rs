@@ -1,7 +1,7 @@
 //! A guest that uses its disk at random, and checks what it reads.
 
 use super::driver::Driver;
-use super::{DATA, HEADER, OK, STATUS};
+use super::{DATA, OK};
 use crate::disk::qcow2::tests::qemu::Random;
 
 /// A guest that does one request after the other, and knows what is on its disk.
@@ -15,19 +15,8 @@ pub struct Guest<'a> {
 impl Guest<'_> {
     /// Sends a request and waits for it.
     pub fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) {
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.driver.poke(HEADER, &header);
-        self.driver.poke(STATUS, &[0xee]);
-        let mut pieces = vec![(HEADER, 16, false)];
-        pieces.extend(data);
-        pieces.push((STATUS, 1, true));
-        let head = self.driver.chain(&pieces);
-        self.driver.offer(head);
-        self.driver.ring();
-        self.driver.wait_used();
-        assert_eq!(self.driver.peek(STATUS, 1), [OK], "{kind} at {sector}");
+        let (status, _) = self.driver.send(kind, sector, data);
+        assert_eq!(status, OK, "{kind} at {sector}");
     }
 
     fn read(&mut self, sector: u64, len: usize) -> Vec<u8> {

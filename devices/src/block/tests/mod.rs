@@ -121,23 +121,33 @@ pub fn build(config: &DiskConfig) -> Result<(Block, Events), BuildError> {
 }
 
 impl Driver {
-    /// Writes to the disk from `sector` on, and waits until that is done.
-    fn write_at(&mut self, sector: u64, bytes: &[u8]) {
+    fn header(&self, address: u64, kind: u32, sector: u64) {
         let mut header = [0; 16];
-        header[..4].copy_from_slice(&1_u32.to_le_bytes());
+        header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.poke(HEADER, &header);
+        self.poke(address, &header);
+    }
+
+    /// Sends one chain and waits for it: its status byte, and how much was written.
+    fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u8, u32) {
+        self.header(HEADER, kind, sector);
         self.poke(STATUS, &[0xee]);
-        self.poke(DATA, bytes);
-        let head = self.chain(&[
-            (HEADER, 16, false),
-            (DATA, bytes.len() as u32, false),
-            (STATUS, 1, true),
-        ]);
+        let mut pieces = vec![(HEADER, 16, false)];
+        pieces.extend(data);
+        pieces.push((STATUS, 1, true));
+        let head = self.chain(&pieces);
         self.offer(head);
         self.ring();
-        self.wait_used();
-        assert_eq!(self.peek(STATUS, 1), [OK]);
+        let (used, len) = self.wait_used();
+        assert_eq!(used, head);
+        (self.peek(STATUS, 1)[0], len)
+    }
+
+    /// Writes to the disk from `sector` on, and waits until that is done.
+    fn write_at(&mut self, sector: u64, bytes: &[u8]) {
+        self.poke(DATA, bytes);
+        let (status, _) = self.send(1, sector, &[(DATA, bytes.len() as u32, false)]);
+        assert_eq!(status, OK);
     }
 }
 
@@ -220,25 +230,12 @@ impl Disk {
     }
 
     pub fn header(&self, address: u64, kind: u32, sector: u64) {
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.driver.poke(address, &header);
+        self.driver.header(address, kind, sector);
     }
 
     /// Sends one chain and waits for it: its status byte, and how much was written.
     pub fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u8, u32) {
-        self.header(HEADER, kind, sector);
-        self.driver.poke(STATUS, &[0xee]);
-        let mut pieces = vec![(HEADER, 16, false)];
-        pieces.extend(data);
-        pieces.push((STATUS, 1, true));
-        let head = self.driver.chain(&pieces);
-        self.driver.offer(head);
-        self.driver.ring();
-        let (used, len) = self.driver.wait_used();
-        assert_eq!(used, head);
-        (self.driver.peek(STATUS, 1)[0], len)
+        self.driver.send(kind, sector, data)
     }
 
     pub fn read(&mut self, sector: u64, len: u32) -> (u8, Vec<u8>) {

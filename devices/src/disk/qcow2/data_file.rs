@@ -15,8 +15,12 @@ use std::path::{Path, PathBuf};
 use super::super::OpenOptions;
 use super::super::open::HostFile;
 use super::chain::{Opening, beside, open_file_as, refused};
-use super::header::{ExternalData, Header};
+use super::header::ExternalData;
 use crate::config::{BuildError, Invalid};
+
+/// Why an image that has one is not opened to be written to.
+pub const NOT_WRITTEN: &str = "not supported yet: writing an image with an external data file (it \
+                               can be read, with `readonly`)";
 
 /// Where the data file is that the header of `image` names, without consent to use it.
 pub fn place(data: &ExternalData, image: &Path) -> Result<PathBuf, BuildError> {
@@ -39,18 +43,6 @@ pub fn path(
         return Err(Invalid::new("backing_files", reason).into());
     }
     place(data, image)
-}
-
-/// Whether the image can be written to, as far as that is a matter of its data file.
-pub fn check_writing(header: &Header, image: &Path) -> Result<(), BuildError> {
-    match header.data {
-        Some(_) => Err(refused(
-            image,
-            "not supported yet: writing an image with an external data file (it can be read, with \
-             `readonly`)",
-        )),
-        None => Ok(()),
-    }
 }
 
 /// Opens and locks a data file as its image is opened; it is none of the files that were `seen`.

@@ -106,9 +106,6 @@ impl Qcow2Image {
     /// Opens and locks all of the chain.
     pub fn open(options: &OpenOptions) -> Result<Self, BuildError> {
         let (mut chain, mut top) = Chain::open(options)?;
-        if !options.readonly {
-            data_file::check_writing(&top.header, &options.path)?;
-        }
         if top.header.writing.dirty && !top.header.corrupt && !options.readonly {
             if !top.host.block_device {
                 check::settle(options, &top.header, &top.host.file)?;

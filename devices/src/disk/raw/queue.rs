@@ -41,15 +41,6 @@ pub const SYSCALLS: &[Allow] = &[
     allow!(pwritev2),
 ];
 
-const OPERATIONS: [u8; 6] = [
-    opcode::Read::CODE,
-    opcode::Readv::CODE,
-    opcode::Write::CODE,
-    opcode::Writev::CODE,
-    opcode::Fallocate::CODE,
-    opcode::Fsync::CODE,
-];
-
 /// The only file there is, by its place in the ring's table.
 const FILE: types::Fixed = types::Fixed(0);
 
@@ -58,7 +49,7 @@ const MAX_BOUNCES: usize = 4;
 
 /// A ring for a queue of `depth` requests. Fails where the kernel has no io_uring.
 pub fn ring(host: &Host, depth: u16) -> io::Result<Ring> {
-    Ring::new(depth.into(), &[host.file.as_raw_fd()], &OPERATIONS)
+    Ring::new(depth.into(), &[host.file.as_raw_fd()], &ring::OPERATIONS)
 }
 
 /// A step of a job, on its way through a pool.

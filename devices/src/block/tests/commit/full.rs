@@ -2,6 +2,16 @@
 
 use super::*;
 
+/// An empty base on a file system without much room, and an overlay elsewhere.
+fn over_full(small: &Small, folder: &Path, format: Format) -> (PathBuf, PathBuf) {
+    let base = small.path("base");
+    let (shown, format) = (base.display(), format.name());
+    qemu::img(&format!("create -q -f {format} {shown} {SIZE}"));
+    let options = format!("backing_file={shown},backing_fmt={format}");
+    let path = qemu::create(folder, &format!("{format}.qcow2"), &options, SIZE);
+    (base, path)
+}
+
 /// A commit of a disk that shows this comes to its end, and all is in the base.
 fn goes_on(mut disk: Disk, (base, format): (&Path, Format), expected: &[u8]) {
     let (mut job, told) = begin(&disk.block, None);
@@ -18,13 +28,7 @@ fn a_base_without_space_ends_a_commit_and_with_more_space_another_goes_on() {
     let Some(folder) = qemu::folder() else { return };
     for (sync, format) in [(false, Format::Raw), (true, Format::Qcow2)] {
         let Some(small) = Small::new() else { return };
-        let base = small.path("base");
-        let shown = base.display();
-        qemu::img(&format!("create -q -f {} {shown} {SIZE}", format.name()));
-        let folder = folder.path().join(format.name());
-        std::fs::create_dir(&folder).unwrap();
-        let options = format!("backing_file={shown},backing_fmt={}", format.name());
-        let path = qemu::create(&folder, "top.qcow2", &options, SIZE);
+        let (base, path) = over_full(&small, folder.path(), format);
         let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
         let mut expected = vec![0; SIZE as usize];
         for at in (0..SIZE).step_by(1 << 20) {
@@ -53,13 +57,7 @@ fn a_base_without_space_for_the_rest_leaves_the_disk_on_its_image() {
     let Some(folder) = qemu::folder() else { return };
     for (sync, format) in [(true, Format::Raw), (false, Format::Qcow2)] {
         let Some(small) = Small::new() else { return };
-        let base = small.path("base");
-        let shown = base.display();
-        qemu::img(&format!("create -q -f {} {shown} {SIZE}", format.name()));
-        let folder = folder.path().join(format.name());
-        std::fs::create_dir(&folder).unwrap();
-        let options = format!("backing_file={shown},backing_fmt={}", format.name());
-        let path = qemu::create(&folder, "top.qcow2", &options, SIZE);
+        let (base, path) = over_full(&small, folder.path(), format);
         let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
         let (mut job, told) = begin(&disk.block, None);
         ready(&job, &told);

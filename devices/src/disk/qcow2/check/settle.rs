@@ -10,6 +10,7 @@
 //! An image that a running commit has emptied has the refcounts that it had: they are set right too.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::super::OpenOptions;
@@ -17,7 +18,7 @@ use super::super::super::open::open_unlocked;
 use super::super::chain::{failed, refused};
 use super::super::details::ReadError;
 use super::super::header::Header;
-use super::{Limits, Listener, Repair, check_file};
+use super::{Limits, Listener, Repair, Report, check_file};
 use crate::allow;
 use crate::config::BuildError;
 use crate::sandbox::Allow;
@@ -47,25 +48,10 @@ pub const SYSCALLS: &[Allow] = &[
 /// dirty, and so is one that is too large to be mended while somebody waits.
 pub fn settle(options: &OpenOptions, header: &Header, locked: &File) -> Result<(), BuildError> {
     let path = options.path.as_path();
-    // Not through O_DIRECT, which this file may have been opened with.
-    let host = open_unlocked(&OpenOptions {
-        readonly: false,
-        direct: false,
-        ..options.clone()
-    })?;
-    if !is_same(&host.file, locked).map_err(|e| failed(path, e))? {
-        return Err(refused(path, "another file has come in its place"));
-    }
-    let limits = Limits {
-        tables: MOST_BYTES >> header.cluster_bits,
-        until: Some(Instant::now() + MOST_TIME),
-    };
-    let mut listener = Listener {
-        finding: &mut |_| {},
-        progress: &mut |_, _| {},
-    };
+    let file = open_again(options, locked)?;
     let hint = "it was not closed cleanly (dirty bit)";
-    let report = check_file(&host.file, Repair::All, limits, &mut listener).map_err(|error| {
+    let cluster_bits = header.cluster_bits;
+    let report = mend(&file, Repair::All, cluster_bits, MOST_TIME).map_err(|error| {
         match error {
             // What is said of an image that is beyond a bound.
             ReadError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => refused(
@@ -99,26 +85,9 @@ pub fn settle(options: &OpenOptions, header: &Header, locked: &File) -> Result<(
 /// file, still open and locked for writing; nobody uses it any more. An error leaves room lost.
 pub fn reclaim(options: &OpenOptions, cluster_bits: u32, locked: &File) -> Result<(), BuildError> {
     let path = options.path.as_path();
-    // Not through O_DIRECT, which this file may have been opened with.
-    let host = open_unlocked(&OpenOptions {
-        readonly: false,
-        direct: false,
-        ..options.clone()
-    })?;
-    let file = &host.file;
-    if !is_same(file, locked).map_err(|e| failed(path, e))? {
-        return Err(refused(path, "another file has come in its place"));
-    }
-    let limits = Limits {
-        tables: MOST_BYTES >> cluster_bits,
-        until: Some(Instant::now() + RECLAIM_TIME),
-    };
-    let mut listener = Listener {
-        finding: &mut |_| {},
-        progress: &mut |_, _| {},
-    };
+    let file = open_again(options, locked)?;
     let report =
-        check_file(file, Repair::Leaks, limits, &mut listener).map_err(|error| match error {
+        mend(&file, Repair::Leaks, cluster_bits, RECLAIM_TIME).map_err(|error| match error {
             ReadError::Io(error) => failed(path, error),
             ReadError::Unusable(why) => refused(path, why.to_string()),
         })?;
@@ -131,6 +100,39 @@ pub fn reclaim(options: &OpenOptions, cluster_bits: u32, locked: &File) -> Resul
         false => Ok(()),
     };
     cut().map_err(|e| BuildError::host(format!("cutting {} off", path.display()), e))
+}
+
+/// Another opening of the file that is open and locked as `locked`, and not through O_DIRECT, which
+/// that one may have been opened with.
+fn open_again(options: &OpenOptions, locked: &File) -> Result<Arc<File>, BuildError> {
+    let path = options.path.as_path();
+    let host = open_unlocked(&OpenOptions {
+        readonly: false,
+        direct: false,
+        ..options.clone()
+    })?;
+    match is_same(&host.file, locked).map_err(|e| failed(path, e))? {
+        true => Ok(host.file),
+        false => Err(refused(path, "another file has come in its place")),
+    }
+}
+
+/// Does so while somebody waits, who does not hear of findings.
+fn mend(
+    file: &File,
+    repair: Repair,
+    cluster_bits: u32,
+    time: Duration,
+) -> Result<Report, ReadError> {
+    let limits = Limits {
+        tables: MOST_BYTES >> cluster_bits,
+        until: Some(Instant::now() + time),
+    };
+    let mut listener = Listener {
+        finding: &mut |_| {},
+        progress: &mut |_, _| {},
+    };
+    check_file(file, repair, limits, &mut listener)
 }
 
 fn is_same(file: &File, other: &File) -> std::io::Result<bool> {

@@ -18,16 +18,6 @@ use super::super::super::ring;
 /// `fallocate` that gives space back.
 pub const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// What the ring may do.
-pub const OPERATIONS: [u8; 6] = [
-    opcode::Read::CODE,
-    opcode::Readv::CODE,
-    opcode::Write::CODE,
-    opcode::Writev::CODE,
-    opcode::Fallocate::CODE,
-    opcode::Fsync::CODE,
-];
-
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use super::super::super::buffers::Buffers;
 use super::super::super::pool::Pool;
 use super::super::super::ring::Ring;
-pub use super::hostop::{HostFile, HostOp, Kind, OPERATIONS, PUNCH_HOLE};
+pub use super::hostop::{HostFile, HostOp, Kind, PUNCH_HOLE};
 use super::hostop::{entry, finish, perform};
 use super::lock::locked;
 

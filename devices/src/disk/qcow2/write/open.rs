@@ -14,13 +14,12 @@ use super::super::super::pool::{Pool, Threads};
 use super::super::super::ring::{self, Ring};
 use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
-use super::super::data_file;
 use super::super::header::{AUTOCLEAR_BITMAPS, Header, OFFSET_LIMIT};
 use super::super::map::Layout;
 use super::control::Control;
 use super::engine::{Engine, Tables};
 use super::extents::{Extents, Run};
-use super::io::{Backend, HostFile, Io, OPERATIONS};
+use super::io::{Backend, HostFile, Io};
 use super::keep::Kept;
 use super::leaks::{MAX_CLUSTERS, MAX_TABLES, Marks, SnapshotTables};
 use super::lock::RangeLock;
@@ -172,7 +171,7 @@ impl Writable {
             false => {
                 let files = self.chain.layers.iter().map(|layer| layer.file.as_raw_fd());
                 let files: Vec<_> = files.collect();
-                ring::unless_refused(Ring::new(capacity.into(), &files, &OPERATIONS))?
+                ring::unless_refused(Ring::new(capacity.into(), &files, &ring::OPERATIONS))?
             }
         };
         let backend = match ring {
@@ -193,7 +192,7 @@ impl Writable {
         let depth = super::tests::DEPTH;
         let files = self.chain.layers.iter().map(|layer| layer.file.as_raw_fd());
         let files: Vec<_> = files.collect();
-        let backend = match Ring::new((depth + EXTRA_OPS).into(), &files, &OPERATIONS) {
+        let backend = match Ring::new((depth + EXTRA_OPS).into(), &files, &ring::OPERATIONS) {
             Ok(ring) if !sync => Backend::Ring(Box::new(ring)),
             _ => Backend::Plain,
         };
@@ -254,7 +253,6 @@ fn check(header: &Header, layout: &Layout, layer: &Layer, path: &Path) -> Result
     if layer.block_device {
         return no("not supported yet: writing a qcow2 image on a block device");
     }
-    data_file::check_writing(header, path)?;
     if header.corrupt {
         return no(
             "it is marked as corrupt, and can only be read (`readonly`) until it is repaired",
