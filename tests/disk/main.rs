@@ -8,5 +8,6 @@ mod differential;
 mod preallocation;
 mod resize;
 mod shell;
+mod shell_options;
 mod tools;
 mod whole;

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use super::tools::{Said, disk, folder, img, io};
 
 /// Without what no two runs have in common: times and rates.
-fn normalised(text: &str) -> String {
+pub fn normalised(text: &str) -> String {
     let mut lines = String::new();
     for line in text.lines() {
         if let Some((before, _)) = line.split_once(" ops; ") {
@@ -49,7 +49,7 @@ fn same(folder: &Path, format: &str, image: &str, commands: &[&str]) {
     }
 }
 
-fn sample(folder: &Path) {
+pub fn sample(folder: &Path) {
     img(folder, "create -q -f raw image 2M").good();
     io(
         folder,
@@ -306,6 +306,17 @@ fn commands_are_read_from_standard_input_too() {
         lines,
     );
     assert_eq!(normalised(&theirs.out), normalised(&ours.out));
+    // The end of the input is an end too, after a last prompt.
+    let lines = "length\nread 0 512";
+    let theirs = talk(folder, "qemu-io", &["-f", "raw", "image"], lines);
+    let ours = talk(
+        folder,
+        ballast,
+        &["disk", "io", "-f", "raw", "image"],
+        lines,
+    );
+    assert_eq!(normalised(&theirs.out), normalised(&ours.out));
+    assert!(ours.out.ends_with("qemu-io> "), "{ours:?}");
     // The image is opened by a command.
     let lines =
         "length\nopen -o driver=raw image\nlength\nopen image\nclose\nopen -r image\nwrite 0 512\n";

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use devices::disk::resize::NewSize;
 use devices::disk::{Format, LockGranularity, OpenOptions};
 
+pub use super::io::arguments::Io;
 use super::number::parse_size;
 
 /// Disk images that no VM uses.
@@ -28,7 +29,7 @@ pub enum DiskCommand {
     /// Tell which parts of the disk are where
     Map(Map),
     /// Read and write by commands, as qemu-io does
-    Io(Io),
+    Io(Box<Io>),
 }
 
 /// How answers look.
@@ -238,32 +239,6 @@ pub struct Map {
     /// For people or programs
     #[arg(long, value_enum, default_value = "human")]
     pub output: Output,
-}
-
-/// `ballast disk io`.
-#[derive(Args, Clone, Debug)]
-pub struct Io {
-    /// The image's format, raw or qcow2: never guessed
-    #[arg(short, value_name = "FORMAT", value_parser = format)]
-    pub format: Option<Format>,
-    /// Follow the name of a backing file that the image has
-    #[arg(long)]
-    pub backing_files: bool,
-    /// A command; several are done in order. Without, they are read from standard input
-    #[arg(short, value_name = "COMMAND")]
-    pub commands: Vec<String>,
-    /// Open for reading only
-    #[arg(short)]
-    pub readonly: bool,
-    /// Bypass the host's page cache
-    #[arg(short)]
-    pub nocache: bool,
-    /// none and directsync bypass the host's page cache
-    #[arg(short = 't', value_name = "CACHE")]
-    pub cache: Option<String>,
-    /// The image; without, `open` opens one
-    #[arg(value_name = "IMAGE")]
-    pub path: Option<PathBuf>,
 }
 
 /// `raw` or `qcow2`.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::Failure;
 use super::options::Options;
 use super::report::{self, dump, number, pattern};
-use super::session::Session;
+use super::session::{Open, Session};
 
 /// The most bytes of a request, as QEMU's block layer has it.
 pub const MOST: u64 = 2_147_483_136;
@@ -185,11 +185,13 @@ impl Session {
         };
         self.settle(out)?;
         self.writable()?;
-        let disk = &mut self.image()?.disk;
-        let durable = given.has('f');
+        let open = self.image()?;
+        let durable = given.has('f') || open.choices.writethrough;
+        let unmap = given.has('u') && open.choices.unmap;
+        let disk = &mut open.disk;
         let begin = Instant::now();
         let result = match zero {
-            true => disk.write_zeroes(range.offset, range.length, given.has('u'), durable),
+            true => disk.write_zeroes(range.offset, range.length, unmap, durable),
             false => disk.write(range.offset, &bytes, durable),
         };
         result.map_err(failed(if vector { "writev" } else { "write" }))?;
@@ -206,10 +208,14 @@ impl Session {
         let range = single(&given.rest, "")?;
         self.settle(out)?;
         self.writable()?;
-        let disk = &mut self.image()?.disk;
+        let Open { disk, choices, .. } = self.image()?;
         let begin = Instant::now();
-        disk.discard(range.offset, range.length)
-            .map_err(failed("discard"))?;
+        let discarded = match choices.unmap {
+            true => disk.discard(range.offset, range.length),
+            false if range.offset.saturating_add(range.length) <= disk.size_bytes() => Ok(()),
+            false => Err(std::io::Error::from_raw_os_error(libc::EIO)),
+        };
+        discarded.map_err(failed("discard"))?;
         if !given.has('q') {
             let time = begin.elapsed();
             let text = report::report("discard", range.offset, range.length, time, given.has('C'));

@@ -61,18 +61,17 @@ impl Session {
         }
         let range = Range::read(&given.rest)?;
         self.writable()?;
-        let durable = given.has('f');
+        let choices = &self.image()?.choices;
+        let durable = given.has('f') || choices.writethrough;
+        let unmap = given.has('u') && choices.unmap;
         match given.has('z') {
-            true => {
-                let unmap = given.has('u');
-                self.begin(
-                    given,
-                    range,
-                    Operation::WriteZeroes { unmap, durable },
-                    None,
-                    None,
-                )
-            }
+            true => self.begin(
+                given,
+                range,
+                Operation::WriteZeroes { unmap, durable },
+                None,
+                None,
+            ),
             false => {
                 let fill = Some(fill.unwrap_or(FILL));
                 self.begin(given, range, Operation::Write { durable }, None, fill)

@@ -5,11 +5,16 @@
 //! under way and other commands go on meanwhile. What is not aligned to sectors is read, changed
 //! and written back, as a block layer would do it.
 //!
-//! Not there: VM state (`-b`), compressed writes (`-c`), breakpoints (`break` and its kin), and
-//! `-U`. They are refused.
+//! Suites pass options to every call that say what is so anyhow (`--cache writeback --aio threads`):
+//! they are understood (`arguments`, `choices`), and mean what they mean there.
+//!
+//! Not there: VM state (`-b`), compressed writes (`-c`), breakpoints (`break` and its kin), an overlay
+//! for the moment (`-s`), copying on read (`-C`), and `-U`. They are refused.
 
 mod access;
+pub mod arguments;
 mod asynchronous;
+mod choices;
 mod options;
 mod report;
 mod session;
@@ -18,11 +23,12 @@ mod table;
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
 
+use self::arguments::Io;
+use self::choices::Wrong;
 use self::options::{Options, Unknown};
 use self::session::Session;
 use self::table::{COMMANDS, Command};
 use super::DiskError;
-use super::arguments::Io;
 
 /// Whether the shell goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +59,15 @@ impl From<std::io::Error> for Failure {
 
 /// Does the commands of the command line, or those of standard input.
 pub fn run(arguments: &Io, out: &mut dyn Write) -> Result<ExitCode, DiskError> {
+    let session = match Session::new(arguments) {
+        Ok(session) => session,
+        Err(Wrong(reason)) => {
+            eprintln!("qemu-io: {reason}");
+            return Ok(ExitCode::FAILURE);
+        }
+    };
     let mut shell = Shell {
-        session: Session::new(arguments)?,
+        session,
         out,
         failed: false,
     };
@@ -82,16 +95,17 @@ struct Shell<'a> {
 
 impl Shell<'_> {
     fn interact(&mut self) -> std::io::Result<()> {
-        let stdin = std::io::stdin().lock();
-        for line in stdin.lines() {
+        let mut lines = std::io::stdin().lock().lines();
+        loop {
             write!(self.out, "qemu-io> ")?;
-            let next = self.line(&line?)?;
             self.out.flush()?;
-            if next == Next::Quit {
+            let Some(line) = lines.next() else {
+                return Ok(());
+            };
+            if self.line(&line?)? == Next::Quit {
                 return Ok(());
             }
         }
-        writeln!(self.out, "qemu-io> ")
     }
 
     /// Does one command. Errors are told and remembered; an `Err` ends the shell.

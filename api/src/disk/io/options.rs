@@ -53,6 +53,11 @@ impl<'a> Options<'a> {
         self.get(letter).is_some()
     }
 
+    /// All of them, in the order in which they were given.
+    pub fn all(&self) -> impl Iterator<Item = (char, &'a str)> {
+        self.given.iter().copied()
+    }
+
     /// Its argument; the last, if it was given more than once.
     pub fn get(&self, letter: char) -> Option<&'a str> {
         let found = self.given.iter().rev().find(|(given, _)| *given == letter);

@@ -1,48 +1,54 @@
 //! The image that is open, and what is done with it as a whole.
 
+use std::cmp::Ordering;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 
+use devices::config::BuildError;
 use devices::disk::blocking::Blocking;
 use devices::disk::qcow2::extents::Extents;
 use devices::disk::qcow2::info::{ImageInfo, info};
-use devices::disk::{Format, LockGranularity, OpenOptions};
+use devices::disk::{Format, OpenOptions};
 
-use super::super::DiskError;
-use super::super::arguments::{Io, format};
 use super::super::number::long_size;
 use super::super::print;
 use super::Failure;
+use super::arguments::Io;
 use super::asynchronous::Pending;
+use super::choices::{Choices, Wrong};
 use super::options::Options;
 use super::report;
 
 /// See the module.
 pub struct Session {
-    /// What `open` uses where it is not told otherwise.
-    format: Option<Format>,
-    backing_files: bool,
+    /// What `open` begins with.
+    default: Choices,
     pub open: Option<Open>,
     pub pending: Pending,
 }
 
 /// An image that is open.
 pub struct Open {
+    pub choices: Choices,
     pub format: Format,
     pub options: OpenOptions,
     pub disk: Blocking,
 }
 
 impl Open {
-    fn new(format: Format, options: OpenOptions) -> Result<Self, String> {
-        let disk = Blocking::open(format, &options);
-        let disk = disk.map_err(|error| {
-            format!(
-                "qemu-io: can't open device {}: {error}",
-                options.path.display()
-            )
+    fn new(choices: Choices) -> Result<Self, Wrong> {
+        let (format, options) = choices.complete()?;
+        let disk = Blocking::open(format, &options).map_err(|error| {
+            let path = options.path.display();
+            let reason = match error {
+                // Which option is to blame has been said.
+                BuildError::Invalid(wrong) if wrong.field == "path" => wrong.reason,
+                other => other.to_string(),
+            };
+            Wrong(format!("can't open device {path}: {reason}"))
         })?;
         Ok(Self {
+            choices,
             format,
             options,
             disk,
@@ -52,36 +58,12 @@ impl Open {
 
 impl Session {
     /// Opens the image of the command line, if there is one.
-    pub fn new(arguments: &Io) -> Result<Self, DiskError> {
-        let mut session = Self {
-            format: arguments.format,
-            backing_files: arguments.backing_files,
-            open: None,
+    pub fn new(arguments: &Io) -> Result<Self, Wrong> {
+        Ok(Self {
+            default: arguments.choices(),
+            open: arguments.image()?.map(Open::new).transpose()?,
             pending: Pending::default(),
-        };
-        if let Some(path) = &arguments.path {
-            let Some(format) = arguments.format else {
-                let reason = "the format must be given with -f: it is never guessed";
-                return Err(DiskError::Usage(reason.into()));
-            };
-            let mut options = session.options(path.clone(), arguments.readonly);
-            options.direct =
-                arguments.nocache || arguments.cache.as_deref().is_some_and(bypasses_cache);
-            session.open = Some(Open::new(format, options).map_err(DiskError::Usage)?);
-        }
-        Ok(session)
-    }
-
-    fn options(&self, path: PathBuf, readonly: bool) -> OpenOptions {
-        OpenOptions {
-            path,
-            readonly,
-            direct: false,
-            disable_io_uring: false,
-            lock: LockGranularity::ByteRange,
-            backing_files: self.backing_files,
-            cache_bytes: None,
-        }
+        })
     }
 
     /// Whether there is one.
@@ -129,51 +111,59 @@ impl Session {
                 return Err(Failure::Error(format!("qemu-io: {what} is not supported")));
             }
         }
-        let mut chosen = self.format;
-        let mut path = given.rest.first().map(PathBuf::from);
-        for pair in given.get('o').into_iter().flat_map(|list| list.split(',')) {
-            match pair.split_once('=') {
-                Some(("driver", name)) => {
-                    chosen =
-                        Some(format(name).map_err(|e| Failure::Error(format!("qemu-io: {e}")))?);
-                }
-                Some(("file.filename" | "filename", name)) => path = Some(name.into()),
-                _ => {
-                    let message = format!("qemu-io: -o {pair} is not supported");
-                    return Err(Failure::Error(message));
-                }
+        let mut choices = self.default.clone();
+        if let [path] = given.rest.as_slice() {
+            choices.path = Some(path.into());
+        }
+        for (letter, argument) in given.all() {
+            match letter {
+                'r' => choices.readonly = true,
+                'n' => choices.direct = true,
+                't' => choices.cache(argument)?,
+                'd' => choices.discard(argument)?,
+                'o' => choices.list(argument)?,
+                'k' => choices.aio("native")?,
+                _ => {}
             }
         }
-        let (Some(path), [] | [_]) = (path, given.rest.as_slice()) else {
+        if choices.path.is_none() || given.rest.len() > 1 {
             return Err(Failure::Usage);
-        };
-        let Some(chosen) = chosen else {
-            let message = "qemu-io: the format must be given (-o driver=…): it is never guessed";
-            return Err(Failure::Error(message.into()));
-        };
-        let mut options = self.options(path, given.has('r'));
-        options.direct = given.has('n') || given.get('t').is_some_and(bypasses_cache);
-        self.open = Some(Open::new(chosen, options).map_err(Failure::Error)?);
+        }
+        self.open = Some(Open::new(choices)?);
         Ok(())
     }
 
     /// `reopen`.
     pub fn reopen(&mut self, given: &Options<'_>, out: &mut dyn Write) -> Result<(), Failure> {
-        if given.has('o') || !given.rest.is_empty() {
+        if !given.rest.is_empty() {
             return Err(Failure::Usage);
         }
-        let open = self.image()?;
-        let (chosen, mut options) = (open.format, open.options.clone());
-        options.readonly = match (given.has('r'), given.has('w')) {
-            (false, false) => options.readonly,
+        let before = self.image()?.choices.clone();
+        let mut choices = before.clone();
+        choices.readonly = match (given.has('r'), given.has('w')) {
+            (false, false) => choices.readonly,
             (readonly, write) if readonly != write => readonly,
             _ => return Err(Failure::Said("Only one of -r/-w can be given.\n".into())),
         };
-        if let Some(cache) = given.get('c') {
-            options.direct = bypasses_cache(cache);
+        if let Some(mode) = given.get('c') {
+            choices.cache(mode)?;
+        }
+        if let Some(list) = given.get('o') {
+            choices.list(list)?;
+            if (choices.format, &choices.path) != (before.format, &before.path) {
+                let reason = "what image it is can't be changed";
+                return Err(Wrong(reason.into()).into());
+            }
         }
         self.finish(out)?;
-        self.open = Some(Open::new(chosen, options).map_err(Failure::Error)?);
+        match Open::new(choices) {
+            Ok(open) => self.open = Some(open),
+            Err(wrong) => {
+                // As it was, if that is still possible.
+                self.open = Open::new(before).ok();
+                return Err(wrong.into());
+            }
+        }
         Ok(())
     }
 
@@ -190,34 +180,41 @@ impl Session {
         Ok(())
     }
 
-    /// `truncate`, of raw images.
+    /// `truncate`: qcow2 images grow only, raw ones are also cut off.
     pub fn truncate(&mut self, given: &Options<'_>, out: &mut dyn Write) -> Result<(), Failure> {
         let [size] = given.rest.as_slice() else {
             return Err(Failure::Usage);
         };
         let size = report::number(size).map_err(Failure::Said)?;
+        self.reap(out, true)?;
         let open = self.image()?;
-        let failed = |reason: &str| Failure::Error(format!("qemu-io: {reason}"));
         if given.get('m').is_some_and(|mode| mode != "off") {
-            return Err(failed("preallocation is not supported"));
+            return Err(Wrong("preallocation is not supported".into()).into());
         }
         if open.options.readonly {
-            return Err(failed("Image is read-only"));
-        }
-        if open.format != Format::Raw {
-            return Err(failed("truncating qcow2 images is not supported"));
+            return Err(Wrong("Image is read-only".into()).into());
         }
         if size == 0 || !size.is_multiple_of(512) {
-            return Err(failed(
-                "a disk has a multiple of 512 bytes, and is not empty",
-            ));
+            let reason = "a disk has a multiple of 512 bytes, and is not empty";
+            return Err(Wrong(reason.into()).into());
         }
-        let options = open.options.clone();
+        if open.format == Format::Qcow2 {
+            return match size.cmp(&open.disk.size_bytes()) {
+                Ordering::Less => Err(Wrong("qcow2 images can't be made smaller".into()).into()),
+                Ordering::Equal => Ok(()),
+                Ordering::Greater => {
+                    let grown = open.disk.grow(size);
+                    grown.map_err(|error| Wrong(error.to_string()).into())
+                }
+            };
+        }
+        let choices = open.choices.clone();
         self.finish(out)?;
-        let file = std::fs::OpenOptions::new().write(true).open(&options.path);
+        let path = choices.path.as_deref().unwrap_or(Path::new(""));
+        let file = std::fs::OpenOptions::new().write(true).open(path);
         let result = file.and_then(|file| file.set_len(size));
-        self.open = Some(Open::new(Format::Raw, options).map_err(Failure::Error)?);
-        result.map_err(|error| failed(&report::error(&error)))
+        self.open = Some(Open::new(choices)?);
+        result.map_err(|error| Wrong(report::error(&error)).into())
     }
 
     /// Where things are, by the file as it is after a flush.
@@ -320,8 +317,4 @@ impl Session {
         let first = found.into_iter().next();
         first.ok_or_else(|| Failure::Error("qemu-io: there is no image".into()))
     }
-}
-
-fn bypasses_cache(mode: &str) -> bool {
-    matches!(mode, "none" | "directsync")
 }
