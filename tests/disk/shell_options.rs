@@ -172,7 +172,7 @@ fn an_image_is_opened_anew_with_other_options_or_stays_open_as_it_was() {
         (
             &["reopen -o driver=qcow2", "length"],
             "2 MiB\n",
-            "can't be changed",
+            "Cannot change the option 'driver'",
         ),
         (
             &["reopen -c foo", "length"],
@@ -200,6 +200,33 @@ fn an_image_is_opened_anew_with_other_options_or_stays_open_as_it_was() {
             said.code,
             Some(if err.is_empty() { 0 } else { 1 }),
             "{commands:?}"
+        );
+    }
+}
+
+#[test]
+fn what_can_not_be_changed_is_told_in_the_words_of_qemu_io() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    sample(folder);
+    for command in [
+        "reopen -o driver=qcow2",
+        "reopen -o driver=raw",
+        "reopen -r -o read-only=on",
+        "reopen -c none -o cache.direct=on",
+        "reopen -c directsync -o cache.no-flush=on",
+        "reopen -o read-only=foo",
+        "reopen -o cache.no-flush=bar",
+        "reopen -o cache.direct=baz",
+        "reopen -o auto-read-only=qux",
+    ] {
+        let theirs = io(folder, false, "raw", "image", &[command, "length"]);
+        let ours = io(folder, true, "raw", "image", &[command, "length"]);
+        assert_eq!(theirs.err, ours.err, "{command}");
+        assert_eq!(
+            (theirs.code, theirs.out),
+            (ours.code, ours.out),
+            "{command}"
         );
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::buffers::{AlignedBuffer, Buffers};
+use super::copy::is_zero;
 use super::{Completion, Format, Image, OpenOptions, Operation, Queue, Request, SECTOR, open};
 use crate::config::BuildError;
 use crate::sandbox::Allow;
@@ -207,16 +208,32 @@ impl Blocking {
         durable: bool,
     ) -> io::Result<()> {
         self.check(offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
         let unit = self.unit();
-        let (end, inner) = (offset + length, offset.next_multiple_of(unit));
-        let inner_end = end - end % unit;
-        if inner >= inner_end {
+        let end = offset + length;
+        let (mut start, mut stop) = (offset - offset % unit, end.next_multiple_of(unit));
+        // A unit whose other bytes are zero already is made zero as a whole: to write it would take
+        // space.
+        let before = is_zero(self.read(start, (offset - start) as usize)?.get());
+        let behind = is_zero(self.read(end, (stop - end) as usize)?.get());
+        if stop - start == unit && !(before && behind) {
             return self.write(offset, &vec![0; length as usize], durable);
         }
-        self.write(offset, &vec![0; (inner - offset) as usize], durable)?;
-        self.write(inner_end, &vec![0; (end - inner_end) as usize], durable)?;
+        if !before {
+            start += unit;
+            self.write(offset, &vec![0; (start - offset) as usize], durable)?;
+        }
+        if !behind {
+            stop -= unit;
+            self.write(stop, &vec![0; (end - stop) as usize], durable)?;
+        }
+        if start == stop {
+            return Ok(());
+        }
         let operation = Operation::WriteZeroes { unmap, durable };
-        self.run(operation, inner, inner_end - inner, Buffers::default())
+        self.run(operation, start, stop - start, Buffers::default())
     }
 
     /// Gives space back to the host: that of whole units within the range.
@@ -309,5 +326,39 @@ mod tests {
             );
         }
         assert!(disk.read(65_536, 0).unwrap().get().is_empty());
+    }
+
+    #[test]
+    fn zeroes_that_end_within_sectors_of_zeroes_take_no_space() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        let options = OpenOptions {
+            path,
+            readonly: false,
+            direct: false,
+            disable_io_uring: false,
+            lock: LockGranularity::ByteRange,
+            backing_files: false,
+            cache_bytes: None,
+        };
+        let mut disk = Blocking::open(Format::Raw, &options).unwrap();
+        for (offset, length) in [(1, 200_000), (300_001, 10), (400_000, 1000), (1_048_575, 1)] {
+            disk.write_zeroes(offset, length, true, false).unwrap();
+        }
+        disk.flush().unwrap();
+        assert_eq!(blocks(), 0);
+        // What is around them stays.
+        let mut model = vec![7; 8192];
+        disk.write(0, &model, false).unwrap();
+        for (offset, length) in [(10, 20), (500, 20), (511, 1025), (2048, 100), (3000, 72)] {
+            disk.write_zeroes(offset as u64, length as u64, true, false)
+                .unwrap();
+            model[offset..offset + length].fill(0);
+            let read = disk.read(0, 8192).unwrap();
+            assert!(read.get() == &model[..], "{offset}");
+        }
     }
 }

@@ -106,6 +106,20 @@ impl Choices {
         Ok(())
     }
 
+    /// The same for an image that is open, and is to be opened anew.
+    pub fn change(&mut self, list: &str) -> Result<(), Wrong> {
+        let (format, path) = (self.format, self.path.clone());
+        self.list(list)?;
+        let changed = [
+            ("driver", self.format != format),
+            ("filename", self.path != path),
+        ];
+        match changed.iter().find(|(_, changed)| *changed) {
+            Some((name, _)) => Err(Wrong(format!("Cannot change the option '{name}'"))),
+            None => Ok(()),
+        }
+    }
+
     fn option(&mut self, name: &str, value: &str) -> Result<(), Wrong> {
         match name {
             "driver" => self.format = Some(format(value).map_err(Wrong)?),
@@ -114,9 +128,12 @@ impl Choices {
             "read-only" => self.readonly = switch(name, value)?,
             "cache.direct" => self.direct = switch(name, value)?,
             "cache.writeback" => self.writethrough = !switch(name, value)?,
+            // Allows flushes to be left out: they are done.
+            "cache.no-flush" => _ = switch(name, value)?,
+            "auto-read-only" if !switch(name, value)? => {}
             "discard" => self.discard(value)?,
             "aio" | "file.aio" => self.aio(value)?,
-            "cache-size" | "l2-cache-size" => {
+            "l2-cache-size" => {
                 let bytes = parse_size(value);
                 let bytes = bytes.map_err(|error| Wrong(format!("{name}: {error}")))?;
                 self.cache_bytes = Some(bytes);
@@ -156,6 +173,11 @@ fn switch(name: &str, value: &str) -> Result<bool, Wrong> {
     }
 }
 
+/// Whether a list has an option that begins so.
+pub fn mentions(list: &str, name: &str) -> bool {
+    split(list).iter().any(|part| part.starts_with(name))
+}
+
 /// The parts between single commas.
 fn split(list: &str) -> Vec<String> {
     let mut parts = Vec::new();
@@ -180,7 +202,7 @@ mod tests {
     fn lists_of_options_are_understood_whole_or_refused() {
         let mut choices = Choices::new(None, false);
         let list = "driver=qcow2,file.driver=file,file.filename=a,,b=c,read-only,cache.direct=on,\
-                    cache.writeback=off,discard=ignore,file.aio=threads,l2-cache-size=64k";
+                    cache.writeback=off,cache.no-flush=on,auto-read-only=off,discard=ignore,file.aio=threads,l2-cache-size=64k";
         choices.list(list).unwrap();
         assert_eq!(choices.path, Some("a,b=c".into()));
         let (format, options) = choices.complete().unwrap();
@@ -198,6 +220,8 @@ mod tests {
             "aio=x",
             "l2-cache-size=x",
             "lazy-refcounts=on",
+            "cache.no-flush=maybe",
+            "auto-read-only",
             "backing.driver=raw",
             "x",
         ] {

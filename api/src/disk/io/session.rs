@@ -15,7 +15,7 @@ use super::super::print;
 use super::Failure;
 use super::arguments::Io;
 use super::asynchronous::Pending;
-use super::choices::{Choices, Wrong};
+use super::choices::{Choices, Wrong, mentions};
 use super::options::Options;
 use super::report;
 
@@ -145,16 +145,17 @@ impl Session {
             (readonly, write) if readonly != write => readonly,
             _ => return Err(Failure::Said("Only one of -r/-w can be given.\n".into())),
         };
+        let list = given.get('o').unwrap_or("");
+        if (given.has('r') || given.has('w')) && mentions(list, "read-only") {
+            return Err(Wrong("Cannot set both -r/-w and 'read-only'".into()).into());
+        }
+        if given.has('c') && mentions(list, "cache.") {
+            return Err(Wrong("Cannot set both -c and the cache options".into()).into());
+        }
         if let Some(mode) = given.get('c') {
             choices.cache(mode)?;
         }
-        if let Some(list) = given.get('o') {
-            choices.list(list)?;
-            if (choices.format, &choices.path) != (before.format, &before.path) {
-                let reason = "what image it is can't be changed";
-                return Err(Wrong(reason.into()).into());
-            }
-        }
+        choices.change(list)?;
         self.finish(out)?;
         match Open::new(choices) {
             Ok(open) => self.open = Some(open),
