@@ -476,30 +476,3 @@ fn a_disk_over_an_image_with_a_data_file_moves_on_grows_and_comes_to_stand_alone
         check(&next);
     }
 }
-
-#[test]
-fn a_disk_with_a_data_file_is_only_read() {
-    let Some(folder) = qemu::folder() else { return };
-    let data = folder.path().join("a.data");
-    let options = format!("data_file={}", data.display());
-    let path = qemu::create(folder.path(), "a.qcow2", &options, SIZE);
-    qemu::io(&path, &["write -P 5 0 1M".into()]);
-    let config = |readonly: bool, follow: bool| -> DiskConfig {
-        serde_json::from_value(serde_json::json!({
-            "path": path, "image_type": "Qcow2", "readonly": readonly, "backing_files": follow,
-        }))
-        .unwrap()
-    };
-    for (readonly, follow, field) in [
-        (true, false, "backing_files"),
-        (false, false, "backing_files"),
-        (false, true, "path"),
-    ] {
-        match build(&config(readonly, follow)) {
-            Err(BuildError::Invalid(wrong)) => assert_eq!(wrong.field, field, "{wrong:?}"),
-            Err(other) => panic!("{other}"),
-            Ok(_) => panic!("{field}"),
-        }
-    }
-    assert!(build(&config(true, true)).is_ok());
-}

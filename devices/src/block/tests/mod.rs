@@ -2,6 +2,7 @@
 //! ends the test process.
 
 mod commit;
+mod data_file;
 pub(crate) mod driver;
 mod enospc;
 mod faults;

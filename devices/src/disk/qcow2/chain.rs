@@ -140,9 +140,14 @@ impl Chain {
     /// The files of one image: its own, and the external one that has its data.
     pub fn files_of(&self, image: usize) -> impl Iterator<Item = &Arc<File>> {
         let own = self.images().get(image);
-        let data = own.and_then(|own| own.tables.as_ref()?.data);
-        let data = data.and_then(|number| self.layers.get(usize::from(number)));
+        let data = self.data_of(image).map(|(_, layer)| layer);
         [own, data].into_iter().flatten().map(|layer| &layer.file)
+    }
+
+    /// The external data file of an image, and its number.
+    pub fn data_of(&self, image: usize) -> Option<(u16, &Layer)> {
+        let number = self.images().get(image)?.tables.as_ref()?.data?;
+        Some((number, self.layers.get(usize::from(number))?))
     }
 
     /// Size of the disk.

@@ -8,7 +8,8 @@
 //!
 //! The name in the header is followed, relative to the folder of the image, only by consent, as that
 //! of a backing file: it may name a file of the host that was never meant to be a disk
-//! (CVE-2024-32498). The file is locked as the image is. It is only read yet.
+//! (CVE-2024-32498). The file is locked as the image is, and written to with
+//! it (`write/external`).
 
 use std::path::{Path, PathBuf};
 
@@ -17,10 +18,6 @@ use super::super::open::HostFile;
 use super::chain::{Opening, beside, open_file_as, refused};
 use super::header::ExternalData;
 use crate::config::{BuildError, Invalid};
-
-/// Why an image that has one is not opened to be written to.
-pub const NOT_WRITTEN: &str = "not supported yet: writing an image with an external data file (it \
-                               can be read, with `readonly`)";
 
 /// Where the data file is that the header of `image` names, without consent to use it.
 pub fn place(data: &ExternalData, image: &Path) -> Result<PathBuf, BuildError> {

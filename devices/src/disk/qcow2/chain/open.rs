@@ -82,10 +82,6 @@ impl Chain {
                     let mut data = None;
                     if let Some(external) = &header.data {
                         let data_path = data_file::path(external, &path, options)?;
-                        if layers.is_empty() && !options.readonly {
-                            // Nobody's file is opened to be written to only to refuse it.
-                            return Err(refused(&path, data_file::NOT_WRITTEN));
-                        }
                         let found = match (layers.len(), &start) {
                             (0, Start::Again(_, Some(found))) => found.clone(),
                             (0, _) => data_file::open(options, &data_path, Opening::Top, &seen)?,

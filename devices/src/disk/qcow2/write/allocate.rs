@@ -22,6 +22,7 @@ use super::super::cache::SliceKey;
 use super::super::header::OFFSET_LIMIT;
 use super::engine::Engine;
 use super::extents::Run;
+use super::external::is_unsupported;
 use super::io::Kind as Do;
 use super::lock::locked;
 use super::pages::Kind;
@@ -222,7 +223,8 @@ impl Engine {
         let bits = self.layout.cluster_bits;
         let (end, ahead) = {
             let tables = locked(&self.tables);
-            let ahead = AHEAD.min(tables.size_bytes) >> bits;
+            let most = if self.external.is_some() { 0 } else { AHEAD };
+            let ahead = most.min(tables.size_bytes) >> bits;
             (tables.end >> bits, ahead.max(want))
         };
         let count = match self.extend_by(end, ahead).await {
@@ -333,11 +335,4 @@ impl Engine {
 /// Whether the host has no room.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-}
-
-fn is_unsupported(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV)
-    )
 }

@@ -78,7 +78,8 @@ impl Cluster {
         }
         let host = match has_place {
             false => Host::None,
-            true if entry & COPIED != 0 => Host::Owned(offset),
+            // A data file has nothing that is anybody else's.
+            true if entry & COPIED != 0 || layout.external => Host::Owned(offset),
             true => Host::Shared(offset),
         };
         let (data, zero) = if extended {

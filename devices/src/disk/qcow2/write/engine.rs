@@ -22,6 +22,7 @@ use super::super::header::CORRUPT;
 use super::super::map::{Corrupt, Layout, Mapping, Place};
 use super::control::Control;
 use super::extents::Extents;
+use super::external::External;
 use super::io::{HostOp, Io, Kind as Do, Ticket};
 use super::keep::Kept;
 use super::leaks::{Marks, SnapshotTables};
@@ -86,6 +87,8 @@ pub struct Engine {
     /// The smallest part of the metadata that is written.
     pub block_bytes: u64,
     pub direct: Option<Alignment>,
+    /// Where data is, if not in the image.
+    pub external: Option<External>,
     /// What does not exist in this image may exist below it.
     pub has_backing: bool,
     pub io: Io,
@@ -238,10 +241,25 @@ impl Engine {
     /// Has all that was done reach the disk. After an error nothing can be relied upon any more,
     /// unless the page cache is not used: the kernel has kept nothing that it could forget.
     pub async fn sync(&self) -> io::Result<()> {
-        match self.host(Do::Sync, 0, 0, Buffers::default()).await {
-            Err(error) if self.direct.is_none() => Err(self.lose(&error)),
-            result => result,
+        let external = self.external.as_ref();
+        let files = [
+            Some((TOP, self.direct)),
+            external.map(|d| (d.file, d.direct)),
+        ];
+        let syncs = files.map(|file| {
+            let (file, direct) = file?;
+            let sync = self.begin_on(file, Do::Sync, 0, 0, Buffers::default());
+            Some((sync, direct))
+        });
+        let mut result = Ok(());
+        for (sync, direct) in syncs.into_iter().flatten() {
+            match sync.wait().await.0 {
+                Err(error) if direct.is_none() => result = Err(self.lose(&error)),
+                Err(error) if result.is_ok() => result = Err(error),
+                _ => {}
+            }
         }
+        result
     }
 
     /// From now on nothing is written any more; returns what all requests are told.
@@ -291,7 +309,12 @@ impl Engine {
         if !locked(&self.tables).autoclear {
             return Ok(());
         }
-        let cleared = self.patch_header(|header| header[AUTOCLEAR..AUTOCLEAR + 8].fill(0));
+        let cleared = self.patch_header(|header| {
+            let kept = External::kept_features(self.external.as_ref());
+            let field = &mut header[AUTOCLEAR..AUTOCLEAR + 8];
+            let now = u64::from_be_bytes((&*field).try_into().unwrap_or_default());
+            field.copy_from_slice(&(now & kept).to_be_bytes());
+        });
         self.write_header(cleared).await?;
         self.sync().await?;
         locked(&self.tables).autoclear = false;
@@ -478,7 +501,13 @@ impl Engine {
         let (mapping, span) = self.look_up_top(position, len).await?;
         match mapping {
             Mapping::Zero => Ok((Found::Zero, span)),
-            Mapping::Data(offset) => Ok((Found::Data(TOP, offset), span)),
+            Mapping::Data(offset) => match self.found(position, offset) {
+                Some(found) => Ok((found, span)),
+                None => {
+                    self.log_corruption("a bad L2 entry", position);
+                    Err(Errno::IO.into())
+                }
+            },
             Mapping::Compressed(cluster, within) => {
                 Ok((Found::Compressed(TOP, cluster, within), span))
             }

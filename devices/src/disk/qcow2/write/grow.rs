@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::super::super::Operation;
 use super::super::super::buffers::Buffers;
-use super::super::header::MAX_L1_BYTES;
+use super::super::header::{MAX_L1_BYTES, OFFSET_LIMIT};
 use super::control::GrowError;
 use super::engine::Engine;
 use super::lock::locked;
@@ -43,6 +43,10 @@ impl Engine {
                 "with clusters of {cluster} bytes a disk has at most {most} bytes"
             )));
         }
+        if self.external.is_some() && size_bytes >= OFFSET_LIMIT {
+            let reason = "a disk in an external data file can't be that large";
+            return Err(GrowError::Refused(reason.into()));
+        }
         // What must become zeroes, so that it does not come to light.
         let below = self
             .chain
@@ -72,6 +76,7 @@ impl Engine {
             self.execute(zeroes, old, hidden - old, &mut none).await?;
         }
         self.flush().await?;
+        self.grow_data(old, size_bytes).await?;
         self.write_size(old, size_bytes).await
     }
 

@@ -226,6 +226,8 @@ impl Engine {
                 let entry = Cluster::read(&self.layout, &piece, index);
                 match entry.map_err(|_| End::Senseless)?.host {
                     Host::None => {}
+                    // In another file, where nothing is counted.
+                    _ if self.external.is_some() => {}
                     Host::Owned(host) | Host::Shared(host) => self.mark(host, cluster)?,
                     Host::Compressed(data) => self.mark(data.offset, data.len as u64)?,
                 }

@@ -14,6 +14,7 @@
 //!   take ───── what is in the image is given out; emptying it
 //!   keep ───── writing an image that is read as a backing file at the same time
 //!   zero ───── discards and other zeroes
+//!   external ─ data in a file of its own
 //!   cluster, refcounts, extents, pages ── pure
 //! ```
 //!
@@ -26,6 +27,7 @@ mod cluster;
 mod control;
 mod engine;
 mod extents;
+mod external;
 mod flush;
 mod grow;
 mod hostop;

@@ -14,11 +14,12 @@ use super::super::super::pool::{Pool, Threads};
 use super::super::super::ring::{self, Ring};
 use super::super::super::{Queue, SECTOR};
 use super::super::chain::{Chain, Layer, Top, failed, read_file, refused};
-use super::super::header::{AUTOCLEAR_BITMAPS, Header, OFFSET_LIMIT};
+use super::super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW, Header, OFFSET_LIMIT};
 use super::super::map::Layout;
 use super::control::Control;
 use super::engine::{Engine, Tables};
 use super::extents::{Extents, Run};
+use super::external::External;
 use super::io::{Backend, HostFile, Io};
 use super::keep::Kept;
 use super::leaks::{MAX_CLUSTERS, MAX_TABLES, Marks, SnapshotTables};
@@ -44,6 +45,7 @@ pub struct Writable {
     tables: Tables,
     control: Arc<Control>,
     snapshots: SnapshotTables,
+    external: Option<External>,
 }
 
 impl Writable {
@@ -55,6 +57,10 @@ impl Writable {
         let layer = layer.ok_or_else(|| refused(path, "there is no image"))?;
         let layout = Layout::new(header);
         check(header, &layout, layer, path)?;
+        let external = External::of(&chain, header);
+        if let Some((_, data)) = chain.data_of(0) {
+            check_data(header, &layout, data)?;
+        }
         let block_bytes = block_bytes(layer);
         let read = |what: &str, offset, len| {
             let bytes = read_file(&layer.file, layer.direct, offset, len);
@@ -104,7 +110,7 @@ impl Writable {
             marks: None,
             kept: None,
             lost: None,
-            autoclear: writing.autoclear != 0,
+            autoclear: writing.autoclear & !External::kept_features(external.as_ref()) != 0,
             no_allocate: false,
             corruption_logged: false,
             used: false,
@@ -133,6 +139,7 @@ impl Writable {
             block_bytes,
             control: Arc::new(Control::new(header.size_bytes)),
             tables,
+            external,
             chain,
         })
     }
@@ -225,6 +232,7 @@ impl Writable {
             widths: self.widths,
             block_bytes: self.block_bytes,
             direct: self.chain.layers.first().and_then(|layer| layer.direct),
+            external: self.external,
             has_backing: self.chain.images().len() > 1,
             io: Io::new(backend, files, capacity),
             tables: Mutex::new(self.tables),
@@ -264,6 +272,35 @@ fn check(header: &Header, layout: &Layout, layer: &Layer, path: &Path) -> Result
              meanwhile",
         );
     }
+    check_blocks(header, layout, layer, path)
+}
+
+/// The same of its external data file.
+fn check_data(header: &Header, layout: &Layout, data: &Layer) -> Result<(), BuildError> {
+    let size_bytes = header.size_bytes;
+    if size_bytes >= OFFSET_LIMIT {
+        let reason = "the disk is too large for an external data file to be written to";
+        return Err(refused(&data.path, reason));
+    }
+    let raw = header.data.as_ref().is_some_and(|data| data.raw);
+    if raw && data.file_bytes < size_bytes {
+        let reason = format!(
+            "it is said to be all of the disk (data_file_raw), which has {size_bytes} bytes, and has \
+             {} itself",
+            data.file_bytes
+        );
+        return Err(refused(&data.path, reason));
+    }
+    check_blocks(header, layout, data, &data.path)
+}
+
+/// What O_DIRECT asks for.
+fn check_blocks(
+    header: &Header,
+    layout: &Layout,
+    layer: &Layer,
+    path: &Path,
+) -> Result<(), BuildError> {
     let block = block_bytes(layer);
     let error = match block {
         _ if layout.unit_bytes() < block => "has smaller clusters or subclusters",
@@ -318,7 +355,12 @@ fn may_have_leaks(tables: &Tables, layout: &Layout, header: &Header, unclean: bo
     let count = tables.l1.iter().filter(|entry| **entry != 0).count();
     let bitmaps = header.writing.autoclear & AUTOCLEAR_BITMAPS != 0;
     let worth = unclean || bitmaps || count * layout.cluster_bytes() <= SEARCHED_ANYHOW;
-    let others = header.writing.autoclear & !AUTOCLEAR_BITMAPS != 0;
+    let known = AUTOCLEAR_BITMAPS
+        | match header.data {
+            Some(_) => AUTOCLEAR_RAW,
+            None => 0,
+        };
+    let others = header.writing.autoclear & !known != 0;
     let known = !others && !header.writing.unknown_extensions;
     let bounded = count <= MAX_TABLES && tables.end >> layout.cluster_bits <= MAX_CLUSTERS;
     worth && known && bounded

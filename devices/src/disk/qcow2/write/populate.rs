@@ -28,7 +28,7 @@ use super::super::super::buffers::Buffers;
 use super::super::super::steps::{Outcome, Reached, Step};
 use super::super::chain::Found;
 use super::super::header::Header;
-use super::engine::{Engine, TOP, own};
+use super::engine::{Engine, own};
 use super::io::Kind as Do;
 use super::lock::locked;
 
@@ -70,7 +70,7 @@ impl Engine {
                 break;
             }
             let (found, span) = self.look_up(position, end - position).await?;
-            let nothing = match is_below(&found) {
+            let nothing = match self.is_below(&found) {
                 true => self.hole(&found, span),
                 false => span,
             };
@@ -83,6 +83,14 @@ impl Engine {
             position,
             ..Reached::default()
         })
+    }
+
+    /// Whether it is in an image below.
+    fn is_below(&self, found: &Found) -> bool {
+        match found {
+            Found::Zero => false,
+            Found::Data(file, _) | Found::Compressed(file, ..) => !self.is_own(*file),
+        }
     }
 
     /// How many of `len` bytes that are below are zeroes for certain, as they begin a hole of a raw
@@ -121,7 +129,7 @@ impl Engine {
         let mut stop = position;
         while stop < most {
             let (found, span) = self.look_up(stop, most - stop).await?;
-            if is_below(&found) {
+            if self.is_below(&found) {
                 stop = (stop + span).next_multiple_of(unit).min(most);
             } else if stop == position {
                 return Ok(Reached {
@@ -197,14 +205,6 @@ impl Engine {
         });
         self.write_header(header).await?;
         self.sync().await
-    }
-}
-
-/// Whether it is in an image below.
-fn is_below(found: &Found) -> bool {
-    match found {
-        Found::Zero => false,
-        Found::Data(layer, _) | Found::Compressed(layer, ..) => *layer != TOP,
     }
 }
 

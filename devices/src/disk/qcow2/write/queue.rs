@@ -237,7 +237,7 @@ impl WriteQueue {
         let size_bytes = locked(&self.engine.tables).size_bytes;
         let transfer = matches!(request.operation, Operation::Read | Operation::Write { .. });
         let writes = request.operation != Operation::Read;
-        let unit = match self.engine.direct {
+        let unit = match self.engine.data_file().1 {
             Some(direct) if writes => u64::from(direct.file),
             _ => 1,
         };

@@ -83,15 +83,18 @@ impl Engine {
         last: u64,
     ) -> io::Result<()> {
         self.prepare().await?;
+        self.own_raw(offset, buffers.len_bytes()).await?;
         {
+            let (file, direct) = self.data_file();
             let _shared = self.clusters.lock(first, last, false).await;
             if let Some(pieces) = self.in_place(offset, buffers.len_bytes()).await? {
                 let mut tickets = Tickets::default();
                 for (host, span) in pieces {
                     let mut piece = Buffers::default();
                     buffers.split_to(span, &mut piece);
-                    if is_straight(self.direct, host, &piece) {
-                        tickets.add(self.begin(Do::Write, host, 0, piece)).await;
+                    if is_straight(direct, host, &piece) {
+                        let write = self.begin_on(file, Do::Write, host, 0, piece);
+                        tickets.add(write).await;
                     } else {
                         tickets.note(self.write_host(host, piece).await);
                     }
@@ -129,10 +132,15 @@ impl Engine {
     async fn check_place(&self, host: u64, span: u64, position: u64) -> io::Result<()> {
         let wrong = {
             let tables = locked(&self.tables);
-            host.saturating_add(span) > tables.end || self.is_reserved(&tables, host, span)
+            match self.external {
+                Some(_) => host != position,
+                None => {
+                    host.saturating_add(span) > tables.end || self.is_reserved(&tables, host, span)
+                }
+            }
         };
         if wrong {
-            let what = "an L2 entry leads to metadata, or beyond the end of the file";
+            let what = "an L2 entry leads to metadata, beyond the end of the file, or astray";
             return Err(self.corrupt(what, position).await);
         }
         Ok(())
@@ -178,7 +186,7 @@ impl Engine {
         buffers: &mut Buffers,
     ) -> io::Result<u64> {
         let bits = self.layout.cluster_bits;
-        let run = self.allocate(count).await?;
+        let run = self.allocate_data(position, count).await?;
         let bytes = run.count << bits;
         let mut piece = Buffers::default();
         buffers.split_to(bytes, &mut piece);
@@ -196,7 +204,7 @@ impl Engine {
             failed => failed,
         };
         if let Err(error) = linked {
-            self.release(run).await;
+            self.release_data(run).await;
             return Err(error);
         }
         Ok(bytes)
@@ -213,12 +221,12 @@ impl Engine {
 
         let (host, run) = match old.host {
             Host::Owned(host) => {
-                self.check_place(host, self.cluster_bytes(), position)
+                self.check_place(host, self.cluster_bytes(), position - within)
                     .await?;
                 (host, None)
             }
             _ => {
-                let run = self.allocate(1).await?;
+                let run = self.allocate_data(position, 1).await?;
                 (run.first << bits, Some(run))
             }
         };
@@ -233,7 +241,10 @@ impl Engine {
             Some(_) => new.data,
             None => touched & !old.data,
         };
-        let zero = run.is_some_and(|run| run.zero);
+        let zero = match run {
+            Some(run) => self.is_clear(run).await,
+            None => false,
+        };
         let target = Target {
             start: position - within,
             host,
@@ -245,7 +256,7 @@ impl Engine {
             failed => failed,
         };
         if let (Err(_), Some(run)) = (&linked, run) {
-            self.release(run).await;
+            self.release_data(run).await;
         }
         linked
     }
@@ -268,6 +279,10 @@ impl Engine {
         let mut all = Buffers::default();
         let mut tail = None;
         for (from, to) in kept_ranges(&self.layout, fill, within, end) {
+            let to = self.kept_end(target.start, to);
+            if from >= to {
+                continue;
+            }
             if target.zero && self.is_zero(target.start + from, to - from).await? {
                 continue;
             }
@@ -306,7 +321,7 @@ impl Engine {
 
     /// Has the entries of `count` clusters from `position` on, all in one page, say something new.
     /// What they refer to has been written.
-    async fn link(
+    pub async fn link(
         &self,
         position: u64,
         count: u64,
@@ -345,6 +360,7 @@ impl Engine {
         }
         let left = match old.host {
             Host::None => None,
+            _ if self.external.is_some() => None,
             Host::Owned(host) | Host::Shared(host) => Some((host, self.cluster_bytes())),
             Host::Compressed(compressed) => Some((compressed.offset, compressed.len as u64)),
         };
@@ -357,6 +373,8 @@ impl Engine {
         new.write(&self.layout, page, index);
         match old.host {
             Host::None => {}
+            // Nothing of it is counted.
+            _ if self.external.is_some() => {}
             Host::Owned(host) | Host::Shared(host) => {
                 if new.host != Host::Owned(host) && new.host != Host::Shared(host) {
                     if let Some(marks) = &mut tables.marks {

@@ -123,6 +123,7 @@ impl Engine {
         }
         self.sync().await?;
         self.punch_all().await;
+        self.punch_data().await;
         Ok(())
     }
 

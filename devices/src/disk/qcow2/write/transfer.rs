@@ -130,8 +130,10 @@ impl Engine {
     /// Writes data to a place in the file that is ours; offset and length are multiples of the
     /// host's blocks.
     pub async fn write_host(&self, mut offset: u64, mut buffers: Buffers) -> io::Result<()> {
-        if is_straight(self.direct, offset, &buffers) {
-            return self.host(Do::Write, offset, 0, buffers).await;
+        let (file, direct) = self.data_file();
+        if is_straight(direct, offset, &buffers) {
+            let write = self.begin_on(file, Do::Write, offset, 0, buffers);
+            return write.wait().await.0;
         }
         while buffers.len_bytes() > 0 {
             let len = buffers.len_bytes().min(super::BOUNCE);
@@ -139,7 +141,8 @@ impl Engine {
             let mut memory = AlignedBuffer::zeroed(len as usize, 4096)?;
             buffers.copy_to(memory.bytes_mut());
             let (_, bounce) = filled(memory)?;
-            self.host(Do::Write, offset, 0, bounce).await?;
+            let write = self.begin_on(file, Do::Write, offset, 0, bounce);
+            write.wait().await.0?;
             buffers.advance(len);
             offset += len;
         }

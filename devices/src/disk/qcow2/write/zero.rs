@@ -31,6 +31,9 @@ pub enum Zeroing {
 impl Engine {
     /// Has a range read as zeroes; its clusters are locked for this request alone.
     pub async fn zero(&self, mut position: u64, mut length: u64, how: Zeroing) -> io::Result<()> {
+        if self.external.as_ref().is_some_and(|data| data.raw) {
+            return self.zero_raw(position, length, how).await;
+        }
         while length > 0 {
             self.prepare().await?;
             let span = self.layout.place(position).span.min(length);
@@ -71,6 +74,7 @@ impl Engine {
         let zeroed = self
             .change_page(position, |tables, offset, place| {
                 let mut rest = Vec::new();
+                let mut places = Places::default();
                 let mut done = 0;
                 while done < span {
                     let at = place.within + done;
@@ -85,23 +89,39 @@ impl Engine {
                     };
                     let units = whole_units(&self.layout, from, to_end);
                     let mut touched = units;
+                    let mut misplaced = false;
                     self.set_entry(tables, offset, index, |old| {
+                        misplaced = self.is_misplaced(old, position + done - from);
+                        if misplaced {
+                            return *old;
+                        }
+                        places.had = units != 0 && matches!(old.host, Host::Owned(_));
                         let (new, mask) = self.zeroed(old, units, how, flagged);
                         touched = mask;
                         new
                     })?;
+                    if misplaced {
+                        return Err(Corrupt);
+                    }
+                    if places.had {
+                        let (a, b) = inside(&self.layout, touched, from, to);
+                        places.add(position + done + (a - from), b - a);
+                    }
                     for (a, b) in outside(&self.layout, touched, from, to) {
                         rest.push((position + done + (a - from), b - a));
                     }
                     done += to - from;
                 }
-                Ok(rest)
+                Ok((rest, places))
             })
             .await?;
-        let rest = match zeroed {
-            Ok(rest) => rest,
+        let (rest, places) = match zeroed {
+            Ok(zeroed) => zeroed,
             Err(Corrupt) => return Err(self.corrupt("a bad L2 entry", position).await),
         };
+        if self.external.is_some() && how != Zeroing::Keep {
+            self.punch_places(&places.ranges).await;
+        }
         if how != Zeroing::Discard {
             for (position, len) in rest {
                 self.write_zeroes(position, len).await?;
@@ -192,11 +212,38 @@ impl Engine {
     }
 }
 
+/// Ranges of the disk that had data.
+#[derive(Default)]
+struct Places {
+    ranges: Vec<(u64, u64)>,
+    /// What is looked at had.
+    had: bool,
+}
+
+impl Places {
+    /// One behind those that there are.
+    fn add(&mut self, position: u64, len: u64) {
+        match self.ranges.last_mut() {
+            Some((start, before)) if *start + *before == position => *before += len,
+            _ if len == 0 => {}
+            _ => self.ranges.push((position, len)),
+        }
+    }
+}
+
 /// Units that lie wholly within the bytes `from` to `to` of a cluster.
 fn whole_units(layout: &Layout, from: u64, to: u64) -> u32 {
     let unit = layout.unit_bytes();
     let (first, end) = (from.div_ceil(unit), to / unit);
     (first..end).fold(0, |mask, unit| mask | 1_u32.wrapping_shl(unit as u32))
+}
+
+/// The bytes of `from` to `to` that are in these units, which lie in a row.
+fn inside(layout: &Layout, units: u32, from: u64, to: u64) -> (u64, u64) {
+    let unit = layout.unit_bytes();
+    let first = u64::from(units.trailing_zeros().min(32 - units.leading_zeros())) * unit;
+    let end = u64::from(32 - units.leading_zeros()) * unit;
+    (first.clamp(from, to), end.clamp(from, to))
 }
 
 /// The bytes of `from` to `to` that are not in these units, which lie in a row.

@@ -5,10 +5,13 @@ use super::super::super::header::Header;
 use super::super::super::map::{Layout, OFFSET};
 use super::super::cluster::{Cluster, Host};
 use super::super::refcounts::Widths;
+use super::sim::Files;
 
 /// An image in memory.
 pub struct Image<'a> {
     bytes: &'a [u8],
+    /// The external data file, as far as it is known.
+    data: &'a [u8],
     header: Header,
     layout: Layout,
 }
@@ -21,13 +24,38 @@ fn word(bytes: &[u8], at: u64) -> u64 {
     }
 }
 
+/// What an image is made from: its bytes, and maybe its data file.
+pub trait Source<'a> {
+    fn parts(self) -> (&'a [u8], &'a [u8]);
+}
+
+impl<'a> Source<'a> for &'a Vec<u8> {
+    fn parts(self) -> (&'a [u8], &'a [u8]) {
+        (self, &[])
+    }
+}
+
+impl<'a> Source<'a> for &'a [u8] {
+    fn parts(self) -> (&'a [u8], &'a [u8]) {
+        (self, &[])
+    }
+}
+
+impl<'a> Source<'a> for &'a Files {
+    fn parts(self) -> (&'a [u8], &'a [u8]) {
+        (&self.image, &self.data)
+    }
+}
+
 impl<'a> Image<'a> {
-    pub fn new(bytes: &'a [u8]) -> Self {
+    pub fn new(source: impl Source<'a>) -> Self {
+        let (bytes, data) = source.parts();
         let header = Header::parse(bytes).unwrap();
         assert!(!header.corrupt && !header.writing.dirty);
         let layout = Layout::new(&header);
         Self {
             bytes,
+            data,
             header,
             layout,
         }
@@ -108,9 +136,13 @@ impl<'a> Image<'a> {
                 if active && entry >> 63 != 0 {
                     owned.push(table);
                 }
-                for cluster in self.entries(table) {
+                for (number, cluster) in (0..).zip(self.entries(table)) {
                     match cluster.host {
                         Host::None => {}
+                        Host::Owned(host) if self.layout.external => {
+                            let entries = 1 << (bits - self.layout.entry_bits);
+                            assert_eq!(host, (index * entries + number) << bits);
+                        }
                         Host::Owned(host) => {
                             count("data", host, 1 << bits);
                             if active {
@@ -151,12 +183,28 @@ impl<'a> Image<'a> {
                 "{host:#x} is not owned"
             );
         }
+        if self.header.data.as_ref().is_some_and(|data| data.raw) && !self.data.is_empty() {
+            self.check_raw();
+        }
         leaks
+    }
+
+    /// The data file alone is the disk.
+    fn check_raw(&self) {
+        assert!(
+            self.data.len() as u64 >= self.header.size_bytes,
+            "it is cut short"
+        );
+        for (number, sector) in self.content(&[]).iter().enumerate() {
+            let raw = &self.data[number * 512..][..512];
+            assert!(raw == sector.unwrap(), "sector {number} is not the same");
+        }
     }
 
     /// Whether a bitmap, say, is still taken to tell the truth.
     pub fn has_autoclear(&self) -> bool {
-        self.header.writing.autoclear != 0
+        let raw = self.header.data.as_ref().is_some_and(|data| data.raw);
+        self.header.writing.autoclear & !(u64::from(raw) << 1) != 0
     }
 
     /// What the disk holds, over `backing`; `None` where a compressed cluster is broken.
@@ -200,7 +248,11 @@ impl<'a> Image<'a> {
                         whole.then_some(bytes)
                     }
                     Host::Owned(host) | Host::Shared(host) if cluster.data & bit != 0 => {
-                        sector(self.bytes, host + within)
+                        let file = match self.layout.external {
+                            true => self.data,
+                            false => self.bytes,
+                        };
+                        sector(file, host + within)
                     }
                     _ if cluster.zero & bit != 0 => Some([0; 512]),
                     _ => sector(backing, position),

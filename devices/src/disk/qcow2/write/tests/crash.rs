@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::FallocateFlags;
 
-use super::sim::{Player, Shared, host};
+use super::sim::{Files, Player, Shared, host};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -15,6 +15,8 @@ pub struct Setup {
     pub folder: tempfile::TempDir,
     pub path: std::path::PathBuf,
     backing: Option<(std::path::PathBuf, Vec<u8>)>,
+    /// Its external data file.
+    pub data: Option<std::path::PathBuf>,
     size: u64,
     /// Clusters that only a bitmap refers to, which is none any more after the first write.
     given_up: u64,
@@ -27,7 +29,8 @@ impl Setup {
         Self::over(kind, overlay.then_some(size), snapshot, size)
     }
 
-    /// The same over a backing file of another size.
+    /// The same over a backing file of another size. With `data_file=@` in its kind the data is in
+    /// a file of its own.
     pub fn over(kind: &str, below: Option<u64>, snapshot: bool, size: u64) -> Option<Self> {
         let folder = qemu::folder()?;
         let at = folder.path();
@@ -38,11 +41,18 @@ impl Setup {
             std::fs::write(&path, &bytes).unwrap();
             (path, bytes)
         });
-        let mut options = kind.to_string();
+        let data = at.join("data.raw");
+        let mut options = kind.replace('@', data.to_str().unwrap());
+        let data = kind.contains('@').then_some(data);
         if let Some((path, _)) = &backing {
             options += &format!(",backing_file={},backing_fmt=raw", path.display());
         }
         let path = qemu::create(at, "image.qcow2", &options, size);
+        if kind.contains("data_file_raw") {
+            // QEMU has all of it count at first.
+            qemu::io(&path, &[format!("write -z 0 {}", size / 4)]);
+            qemu::io(&path, &[format!("discard {} {}", size / 2, size / 8)]);
+        }
         if snapshot {
             // What is there is of one kind, so that it can be told from what is foreign.
             qemu::io(&path, &[format!("write -z 0 {}", size / 4)]);
@@ -53,6 +63,7 @@ impl Setup {
             folder,
             path,
             backing,
+            data,
             size,
             given_up: 0,
             has_reader: false,
@@ -115,7 +126,7 @@ impl Setup {
 
     pub fn driver(&self, seed: u64) -> (Driver, Shared) {
         let below: Vec<&Path> = self.backing.iter().map(|(p, _)| p.as_path()).collect();
-        let shared = host(&self.path, &below, seed);
+        let shared = host(&self.path, &below, self.data.as_deref(), seed);
         let content = qemu::content(&self.path);
         assert_eq!(content.len() as u64, self.size);
         let player = Box::new(Player(shared.clone()));
@@ -136,10 +147,25 @@ impl Setup {
         (driver, shared)
     }
 
+    /// Writes a state to files of its own.
+    fn write(&self, name: &str, files: &Files) -> std::path::PathBuf {
+        let path = self.folder.path().join(name);
+        let mut image = files.image.clone();
+        if self.data.is_some() {
+            // A name as long as the other.
+            let find = |bytes: &[u8]| bytes == b"/data.raw";
+            if let Some(at) = image.windows(9).take(4096).position(find) {
+                image[at..at + 9].copy_from_slice(b"/copy.raw");
+            }
+            std::fs::write(self.folder.path().join("copy.raw"), &files.data).unwrap();
+        }
+        std::fs::write(&path, image).unwrap();
+        path
+    }
+
     /// Has qemu-img look at a state, too.
-    pub fn ask_qemu(&self, bytes: &[u8]) {
-        let path = self.folder.path().join("state.qcow2");
-        std::fs::write(&path, bytes).unwrap();
+    pub fn ask_qemu(&self, files: &Files) {
+        let path = self.write("state.qcow2", files);
         let checked = std::process::Command::new("qemu-img")
             .args(["check", "-q", "-f", "qcow2", path.to_str().unwrap()])
             .output()
@@ -202,9 +228,9 @@ pub fn assert_survived(driver: &Driver, content: &[Option<[u8; 512]>], time: u64
 }
 
 /// At every moment there is, once.
-const ALL: u64 = u64::MAX;
+pub const ALL: u64 = u64::MAX;
 
-fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
+pub fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
     let (mut driver, shared) = setup.driver(seed);
     driver.run(operations);
     assert!(driver.errors.is_empty(), "{:?}", driver.errors);
@@ -251,20 +277,26 @@ fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
 }
 
 /// Goes on with an image after a power cut.
-fn reopen(setup: &Setup, bytes: &[u8], seed: u64) {
-    let path = setup.folder.path().join("again.qcow2");
-    std::fs::write(&path, bytes).unwrap();
+fn reopen(setup: &Setup, bytes: &Files, seed: u64) {
+    let path = setup.write("again.qcow2", bytes);
     let content = qemu::content(&path);
     let queue = writable(&options(&path, false, false)).for_test(false);
     let mut driver = Driver::new(queue, &content, seed);
     driver.run(60);
     assert!(driver.errors.is_empty(), "{:?}", driver.errors);
     driver.queue.close().unwrap();
-    let bytes = std::fs::read(&path).unwrap();
+    let data = setup
+        .data
+        .as_ref()
+        .map(|data| data.with_file_name("copy.raw"));
+    let bytes = Files {
+        image: std::fs::read(&path).unwrap(),
+        data: data.map_or(Vec::new(), |data| std::fs::read(data).unwrap()),
+    };
     check::Image::new(&bytes).check();
-    setup.ask_qemu(&bytes);
     let Driver { queue, sectors, .. } = driver;
     drop(queue);
+    setup.ask_qemu(&bytes);
     let after = qemu::content(&path);
     for (number, (sector, bytes)) in (0..).zip(sectors.iter().zip(after.chunks(512))) {
         sector.assert_now(bytes, number);
@@ -332,7 +364,7 @@ fn a_power_cut_harms_neither_compressed_clusters_nor_bitmaps() {
 }
 
 /// Every operation on the host fails once, in turn.
-fn faults(setup: &Setup, errno: Errno, step: u64) {
+pub fn faults(setup: &Setup, errno: Errno, step: u64) {
     let count = {
         let (mut driver, shared) = setup.driver(7);
         driver.run(60);

@@ -15,7 +15,7 @@ fn check(path: &Path) {
 /// Opens, works, closes, has QEMU check and scribble, and once more. Most of the time goes to QEMU's
 /// tools, so as many `operations` as that are done fifteen times over; all tests here together do
 /// 200,000, and `scripts/soak` has more done.
-fn exercise(path: &Path, of: u64, rounds: usize, operations: usize) {
+pub fn exercise(path: &Path, of: u64, rounds: usize, operations: usize) {
     let seed = seed(of);
     let operations = operations * wanted("BALLAST_OPERATIONS", 15) as usize;
     for round in 0..rounds {

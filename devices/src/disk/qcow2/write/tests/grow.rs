@@ -10,7 +10,7 @@ const MIB: u64 = 1 << 20;
 /// Kind, size of the backing file, whether there is a snapshot, and the sizes before and after.
 type Case = (&'static str, Option<u64>, bool, u64, u64);
 
-const CASES: [Case; 10] = [
+const CASES: [Case; 13] = [
     ("cluster_size=64k", None, false, 2 * MIB, 5 * MIB),
     ("cluster_size=4k", None, false, 2 * MIB, 9 * MIB),
     ("cluster_size=4k", None, false, MIB + 512, 2 * MIB),
@@ -49,6 +49,21 @@ const CASES: [Case; 10] = [
         Some(3 * MIB),
         false,
         2 * MIB,
+        5 * MIB,
+    ),
+    ("data_file=@", None, false, 2 * MIB + 512, 5 * MIB),
+    (
+        "data_file=@,extended_l2=on,cluster_size=16k",
+        Some(4 * MIB),
+        false,
+        2 * MIB - 512,
+        7 * MIB,
+    ),
+    (
+        "data_file=@,data_file_raw=on,cluster_size=4k",
+        None,
+        false,
+        2 * MIB + 1536,
         5 * MIB,
     ),
 ];
@@ -158,6 +173,13 @@ fn qemu_sees_what_was_written_after_a_disk_grew_and_in_its_snapshot_what_was_the
                 sector.assert_now(bytes, number);
             }
         }
+        if let Some(data) = setup
+            .data
+            .as_ref()
+            .filter(|_| kind.contains("data_file_raw"))
+        {
+            assert!(qemu::content(&setup.path) == std::fs::read(data).unwrap());
+        }
         if snapshot {
             qemu::img(&format!("snapshot -a one {}", setup.path.display()));
             assert!(qemu::content(&setup.path) == before, "{kind}");
@@ -167,7 +189,7 @@ fn qemu_sees_what_was_written_after_a_disk_grew_and_in_its_snapshot_what_was_the
 
 #[test]
 fn a_fault_while_a_disk_grows_is_told_and_it_can_be_tried_again() {
-    for (kind, below, snapshot, old, new) in [CASES[1], CASES[3], CASES[6], CASES[7]] {
+    for (kind, below, snapshot, old, new) in [CASES[1], CASES[3], CASES[6], CASES[7], CASES[12]] {
         let Some(setup) = Setup::over(kind, below, snapshot, old) else {
             return;
         };

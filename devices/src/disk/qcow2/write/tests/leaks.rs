@@ -35,18 +35,20 @@ fn leaky(setup: &Setup, seed: u64) -> Option<(Vec<u8>, u64)> {
         let time = random.below(end);
         let bytes = shared.lock().unwrap().after_cut(time, &mut random);
         let leaks = check::Image::new(&bytes).check();
-        (leaks > 0).then_some((bytes, leaks))
+        (leaks > 0).then_some((bytes.image, leaks))
     })
 }
 
 /// Kind, whether it is an overlay, and whether it has a snapshot: then a refcount may stay too high.
-const KINDS: [(&str, bool, bool); 6] = [
+const KINDS: [(&str, bool, bool); 8] = [
     ("cluster_size=64k", false, false),
     ("cluster_size=4k", false, false),
     ("cluster_size=512,refcount_bits=64", false, false),
     ("extended_l2=on,cluster_size=16k", true, false),
     ("cluster_size=4k", true, true),
     ("compat=0.10,cluster_size=4k", true, false),
+    ("data_file=@,cluster_size=512", true, false),
+    ("data_file=@,data_file_raw=on,cluster_size=4k", false, false),
 ];
 
 #[test]

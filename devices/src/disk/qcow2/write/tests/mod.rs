@@ -3,6 +3,7 @@
 mod bounds;
 mod check;
 mod crash;
+mod external;
 mod geometries;
 mod grow;
 mod hostile;

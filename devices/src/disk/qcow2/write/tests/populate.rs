@@ -65,7 +65,7 @@ fn content(image: &check::Image<'_>, below: &[u8]) -> Vec<u8> {
 const SIZE: u64 = 5 * MIB / 2 + 1536;
 
 /// Kind, and how large the backing file is.
-const KINDS: [(&str, u64); 7] = [
+const KINDS: [(&str, u64); 9] = [
     ("cluster_size=64k", SIZE),
     ("cluster_size=4k", SIZE),
     ("cluster_size=512,refcount_bits=64", MIB + 512),
@@ -73,6 +73,8 @@ const KINDS: [(&str, u64); 7] = [
     ("extended_l2=on,cluster_size=16k", SIZE),
     ("extended_l2=on,cluster_size=64k", 3 * MIB),
     ("compat=0.10,cluster_size=4k", 3 * MIB / 2),
+    ("data_file=@,cluster_size=4k", SIZE),
+    ("data_file=@,extended_l2=on,cluster_size=64k", MIB + 512),
 ];
 
 fn setup(kind: &str, below: u64) -> Option<Setup> {

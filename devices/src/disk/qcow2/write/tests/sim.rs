@@ -1,5 +1,6 @@
-//! A host that a test plays: the image file is in memory, operations end in a random order, and
-//! all that happens is written down, so that the file can be had as any power cut might leave it.
+//! A host that a test plays: the image file, and its external data file, are in memory, operations
+//! end in a random order, and all that happens is written down, so that the files can be had as any
+//! power cut might leave them. A sync of one says nothing about the other.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,10 +11,50 @@ use super::super::io::{HostOp, Kind, Simulation};
 use super::super::lock::locked;
 use super::*;
 
-/// Something that changed the file, in the order in which it ended.
+/// The files that are written to.
+#[derive(Clone, Default)]
+pub struct Files {
+    pub image: Vec<u8>,
+    /// Empty where there is none.
+    pub data: Vec<u8>,
+}
+
+impl std::ops::Deref for Files {
+    type Target = Vec<u8>;
+
+    fn deref(&self) -> &Vec<u8> {
+        &self.image
+    }
+}
+
+impl std::ops::DerefMut for Files {
+    fn deref_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.image
+    }
+}
+
+impl AsRef<[u8]> for Files {
+    fn as_ref(&self) -> &[u8] {
+        &self.image
+    }
+}
+
+impl Files {
+    fn of(&mut self, data: bool) -> &mut Vec<u8> {
+        if data {
+            &mut self.data
+        } else {
+            &mut self.image
+        }
+    }
+}
+
+/// Something that changed a file, in the order in which it ended.
 pub struct Entry {
     pub begun: u64,
     pub done: u64,
+    /// Of the data file.
+    pub data: bool,
     pub change: Change,
 }
 
@@ -26,8 +67,8 @@ pub enum Change {
 
 /// What the test and the host share.
 pub struct Host {
-    pub base: Vec<u8>,
-    pub bytes: Vec<u8>,
+    pub base: Files,
+    pub bytes: Files,
     pub log: Vec<Entry>,
     pub now: u64,
     pub random: Random,
@@ -37,8 +78,14 @@ pub struct Host {
     pub fail: Option<(u64, Errno)>,
     /// Every sync fails, and how.
     pub no_sync: Option<Errno>,
+    /// The same of the data file.
+    pub no_data_sync: Option<Errno>,
     /// The file can't become longer than this.
     pub room: usize,
+    /// Nor the data file longer than this.
+    pub data_room: usize,
+    /// The host can't punch holes.
+    pub no_punch: bool,
     /// The most operations that there were under way at a time.
     pub most_begun: usize,
     begun: BTreeMap<usize, (u64, bool)>,
@@ -50,8 +97,11 @@ pub type Shared = Arc<Mutex<Host>>;
 pub struct Player(pub Shared);
 
 /// A host with the image at `path`, over these raw or qcow2 files.
-pub fn host(path: &Path, below: &[&Path], seed: u64) -> Shared {
-    let bytes = std::fs::read(path).unwrap();
+pub fn host(path: &Path, below: &[&Path], data: Option<&Path>, seed: u64) -> Shared {
+    let bytes = Files {
+        image: std::fs::read(path).unwrap(),
+        data: data.map_or(Vec::new(), |path| std::fs::read(path).unwrap()),
+    };
     Arc::new(Mutex::new(Host {
         base: bytes.clone(),
         bytes,
@@ -61,7 +111,10 @@ pub fn host(path: &Path, below: &[&Path], seed: u64) -> Shared {
         changes: 0,
         fail: None,
         no_sync: None,
+        no_data_sync: None,
         room: usize::MAX,
+        data_room: usize::MAX,
+        no_punch: false,
         most_begun: 0,
         begun: BTreeMap::new(),
         backing: below.iter().map(|p| std::fs::read(p).unwrap()).collect(),
@@ -69,20 +122,28 @@ pub fn host(path: &Path, below: &[&Path], seed: u64) -> Shared {
 }
 
 impl Host {
-    /// The file after a power cut at `time`: what was synced by then is there, and of the rest as
+    /// The files after a power cut at `time`: what was synced by then is there, and of the rest as
     /// many sectors as chance has it.
-    pub fn after_cut(&self, time: u64, random: &mut Random) -> Vec<u8> {
-        let synced = self
-            .log
-            .iter()
+    pub fn after_cut(&self, time: u64, random: &mut Random) -> Files {
+        let image = self.cut(false, time, random);
+        let data = match self.base.data.is_empty() && self.bytes.data.is_empty() {
+            true => Vec::new(),
+            false => self.cut(true, time, random),
+        };
+        Files { image, data }
+    }
+
+    fn cut(&self, data: bool, time: u64, random: &mut Random) -> Vec<u8> {
+        let log = || self.log.iter().filter(|entry| entry.data == data);
+        let synced = log()
             .filter(|e| matches!(e.change, Change::Sync) && e.done <= time)
             .map(|e| e.begun)
             .max()
             .unwrap_or(0);
-        let mut bytes = self.base.clone();
+        let mut bytes = self.base.clone().of(data).clone();
         // All, nothing, or something of what was not synced.
         let luck = random.below(8);
-        for entry in self.log.iter().filter(|entry| entry.begun <= time) {
+        for entry in log().filter(|entry| entry.begun <= time) {
             let durable = entry.done < synced;
             let whole = durable || luck == 0 || (luck != 1 && random.below(2) == 0);
             match &entry.change {
@@ -146,10 +207,13 @@ impl Simulation for Player {
         host.now += 1;
         let done = host.now;
         let len = op.buffers.len_bytes() as usize;
+        // After the images.
+        let data = usize::from(op.file) == host.backing.len() + 1;
         let mut note = |change| {
             host.log.push(Entry {
                 begun,
                 done,
+                data,
                 change,
             });
         };
@@ -157,18 +221,20 @@ impl Simulation for Player {
             let (_, errno) = host.fail.unwrap();
             // It may have got anywhere.
             if op.kind == Kind::Write {
-                let mut data = vec![0; len];
-                op.buffers.copy_to(&mut data);
-                data.truncate(len / 1024 * 512);
-                put(&mut host.bytes, op.offset, &data);
-                note(Change::Write(op.offset, data));
+                let mut bytes = vec![0; len];
+                op.buffers.copy_to(&mut bytes);
+                bytes.truncate(len / 1024 * 512);
+                put(host.bytes.of(data), op.offset, &bytes);
+                note(Change::Write(op.offset, bytes));
             }
             return Err(errno);
         }
+        let room = if data { host.data_room } else { host.room };
         match op.kind {
             Kind::Read => {
                 let file = match op.file {
-                    0 => &host.bytes,
+                    _ if data => &host.bytes.data,
+                    0 => &host.bytes.image,
                     other => &host.backing[usize::from(other) - 1],
                 };
                 let start = (op.offset as usize).min(file.len());
@@ -176,18 +242,23 @@ impl Simulation for Player {
                 Ok(op.buffers.copy_from(&file[start..end]))
             }
             Kind::Write => {
-                assert_eq!(op.file, 0, "a backing file is written to");
-                if op.offset as usize + len > host.room {
+                assert!(data || op.file == 0, "a backing file is written to");
+                if op.offset as usize + len > room {
                     return Err(Errno::NOSPC);
                 }
-                let mut data = vec![0; len];
-                op.buffers.copy_to(&mut data);
-                put(&mut host.bytes, op.offset, &data);
-                note(Change::Write(op.offset, data));
+                let mut bytes = vec![0; len];
+                op.buffers.copy_to(&mut bytes);
+                put(host.bytes.of(data), op.offset, &bytes);
+                note(Change::Write(op.offset, bytes));
                 Ok(len)
             }
             Kind::Sync => {
-                if let Some(errno) = host.no_sync {
+                let fails = if data {
+                    host.no_data_sync
+                } else {
+                    host.no_sync
+                };
+                if let Some(errno) = fails {
                     return Err(errno);
                 }
                 note(Change::Sync);
@@ -195,24 +266,40 @@ impl Simulation for Player {
             }
             Kind::Allocate => {
                 let end = (op.offset + op.len) as usize;
-                if end > host.room {
+                if end > room {
                     return Err(Errno::NOSPC);
                 }
-                if end > host.bytes.len() {
-                    let start = host.bytes.len() as u64;
-                    fill(&mut host.bytes, start, end as u64 - start);
+                let file = host.bytes.of(data);
+                if end > file.len() {
+                    let start = file.len() as u64;
+                    fill(file, start, end as u64 - start);
                     note(Change::Zero(start, end as u64 - start));
                 }
                 Ok(0)
             }
             Kind::Punch => {
-                fill(&mut host.bytes, op.offset, op.len);
-                note(Change::Zero(op.offset, op.len));
+                if host.no_punch {
+                    return Err(Errno::OPNOTSUPP);
+                }
+                let file = host.bytes.of(data);
+                let len = op.len.min((file.len() as u64).saturating_sub(op.offset));
+                if len > 0 {
+                    fill(file, op.offset, len);
+                    note(Change::Zero(op.offset, len));
+                }
                 Ok(0)
             }
             Kind::Truncate => {
+                let file = host.bytes.of(data);
+                let (start, end) = (file.len() as u64, op.offset);
+                if end as usize > room {
+                    return Err(Errno::NOSPC);
+                }
                 // Never before the end of what is in use; so for a power cut it changes nothing.
-                host.bytes.resize(op.offset as usize, 0);
+                file.resize(end as usize, 0);
+                if end > start {
+                    note(Change::Zero(start, end - start));
+                }
                 Ok(0)
             }
         }

@@ -7,19 +7,22 @@ use super::super::super::super::dirty::Tracking;
 use super::super::super::super::steps::{Step, Taken};
 use super::crash::{Setup, assert_survived};
 use super::populate::step;
+use super::sim::Files;
 use super::*;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 5 * MIB / 2 + 1536;
 
 /// Kinds of image, and how large the backing file is.
-const KINDS: [(&str, u64); 6] = [
+const KINDS: [(&str, u64); 8] = [
     ("cluster_size=64k", SIZE),
     ("cluster_size=4k", MIB + 512),
     ("cluster_size=512,refcount_bits=64", SIZE),
     ("cluster_size=2M", SIZE),
     ("extended_l2=on,cluster_size=16k", SIZE),
     ("compat=0.10,cluster_size=4k", SIZE),
+    ("data_file=@,cluster_size=4k", SIZE),
+    ("data_file=@,extended_l2=on,cluster_size=16k", MIB + 512),
 ];
 
 /// Copies some of what the image has from `from` on and before `end`; how far.
@@ -65,7 +68,7 @@ fn commit(driver: &mut Driver, base: &mut [u8], requests: u64) {
     assert_eq!(tracking.bytes(), 0);
 }
 
-fn content(bytes: &[u8], below: &[u8]) -> Vec<u8> {
+fn content(bytes: &Files, below: &[u8]) -> Vec<u8> {
     let sectors = check::Image::new(bytes).content(below).into_iter();
     sectors.flat_map(Option::unwrap).collect()
 }
@@ -150,7 +153,11 @@ fn an_image_that_is_emptied_shows_the_base_at_every_moment() {
 #[test]
 fn an_image_that_can_not_be_emptied_shows_the_base_all_the_same() {
     let mut seen = [0, 0];
-    for kind in ["cluster_size=4k", "extended_l2=on,cluster_size=16k"] {
+    for kind in [
+        "cluster_size=4k",
+        "extended_l2=on,cluster_size=16k",
+        "data_file=@,cluster_size=4k",
+    ] {
         for which in 0..3 {
             let Some(setup) = Setup::over(kind, Some(SIZE), false, SIZE) else {
                 return;
