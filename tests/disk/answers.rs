@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use serde_json::Value;
 
-use super::tools::{Said, disk, folder, img, io, samples};
+use super::tools::{Said, disk, folder, img, io, run, samples};
 
 /// Every field that QEMU has is there and has the same value.
 #[track_caller]
@@ -93,7 +93,7 @@ fn map_shows_what_qemu_img_shows() {
 }
 
 #[test]
-fn an_image_with_a_data_file_is_told_of_as_qemu_img_tells_and_is_only_read() {
+fn an_image_with_a_data_file_is_told_of_as_qemu_img_tells_and_written_to() {
     let Some(folder) = folder() else { return };
     let folder = folder.path();
     for (name, options) in [
@@ -122,18 +122,39 @@ fn an_image_with_a_data_file_is_told_of_as_qemu_img_tells_and_is_only_read() {
         disk(folder, &copy.replace("convert", "convert --backing-files")).good();
         img(folder, &format!("compare -f qcow2 -F raw {name} flat.raw")).good();
         std::fs::remove_file(folder.join("flat.raw")).unwrap();
-        let writing = "writing an image with an external data file";
-        disk(
+        let grow = format!("resize -f qcow2 --backing-files {name} +1M");
+        disk(folder, &grow.replace(" --backing-files", "")).refused("backing_files: must be true");
+        disk(folder, &grow).good();
+        same_check(folder, name);
+        let top = format!("create -q -f qcow2 -b {name} -F qcow2 top.qcow2");
+        img(folder, &top).good();
+        io(
             folder,
-            &format!("resize -f qcow2 --backing-files {name} +1M"),
-        )
-        .refused(writing);
-        img(
-            folder,
-            &format!("create -q -f qcow2 -b {name} -F qcow2 top.qcow2"),
+            false,
+            "qcow2",
+            "top.qcow2",
+            &["write -P 2 5100k 20k", "write -P 3 0 8k"],
         )
         .good();
-        disk(folder, "commit -f qcow2 --backing-files top.qcow2").refused(writing);
+        img(folder, "convert -f qcow2 -O raw top.qcow2 flat.raw").good();
+        disk(folder, "commit -f qcow2 --backing-files top.qcow2").good();
+        for now in [name, "top.qcow2"] {
+            img(folder, &format!("compare -f qcow2 -F raw {now} flat.raw")).good();
+        }
+        if name == "raw.qcow2" {
+            img(folder, "compare -f raw -F raw raw.data flat.raw").good();
+        }
+        same_check(folder, name);
+        std::fs::remove_file(folder.join("flat.raw")).unwrap();
+        let ours = format!("disk io -f qcow2 --backing-files {name} -c");
+        let write = ours
+            .split(' ')
+            .chain(["write -P 7 1M 1M"])
+            .collect::<Vec<_>>();
+        run(env!("CARGO_BIN_EXE_ballast"), folder, &write).good();
+        let reads = ["read -P 7 1M 1M", "read -P 3 0 8k"];
+        io(folder, false, "qcow2", name, &reads).good();
+        same_check(folder, name);
     }
     img(folder, "create -q -f raw base.raw 4M").good();
     let over = "create -q -f qcow2 -o data_file=over.data -b base.raw -F raw over.qcow2";
