@@ -4,6 +4,7 @@
 
 mod answers;
 mod bad_input;
+mod copies;
 mod differential;
 mod preallocation;
 mod resize;

@@ -445,9 +445,15 @@ fn a_commit_that_can_not_be_done_changes_nothing() {
     let Some(folder) = folder() else { return };
     let folder = folder.path();
     samples(folder);
+    // With clusters of this size there are no disks of a TiB.
     img(
         folder,
-        "create -q -f qcow2 -b base.raw -F raw longer.qcow2 20M",
+        "create -q -f qcow2 -o cluster_size=512 tiny.qcow2 1M",
+    )
+    .good();
+    img(
+        folder,
+        "create -q -f qcow2 -b tiny.qcow2 -F qcow2 longer.qcow2 1T",
     )
     .good();
     io(
@@ -458,7 +464,7 @@ fn a_commit_that_can_not_be_done_changes_nothing() {
         &["write -P 1 0 64k"],
     )
     .good();
-    let before = ["longer.qcow2", "base.raw", "plain.qcow2"]
+    let before = ["longer.qcow2", "tiny.qcow2", "base.raw", "plain.qcow2"]
         .map(|name| std::fs::read(folder.join(name)).unwrap());
     for (line, why) in [
         ("commit -f qcow2 --backing-files longer.qcow2", "larger"),
@@ -470,7 +476,7 @@ fn a_commit_that_can_not_be_done_changes_nothing() {
     ] {
         disk(folder, line).refused(why);
     }
-    let after = ["longer.qcow2", "base.raw", "plain.qcow2"]
+    let after = ["longer.qcow2", "tiny.qcow2", "base.raw", "plain.qcow2"]
         .map(|name| std::fs::read(folder.join(name)).unwrap());
     assert!(before == after);
 }

@@ -14,9 +14,12 @@
 
 pub mod arguments;
 mod check;
+mod copy;
 mod image;
 pub mod io;
+mod make;
 pub mod number;
+mod options;
 mod print;
 mod sandbox;
 
@@ -44,7 +47,7 @@ pub enum DiskError {
 
 /// Does what was asked for. The process ends afterwards.
 pub fn run(command: &DiskCommand) -> ExitCode {
-    if matches!(command, DiskCommand::Create(_))
+    if keeps_order(command)
         && let Err(error) = sandbox::hold_signals()
     {
         eprintln!("ballast disk: {error}");
@@ -56,12 +59,14 @@ pub fn run(command: &DiskCommand) -> ExitCode {
     }
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     let result = match command {
-        DiskCommand::Create(create) => image::create(create, &mut out),
+        DiskCommand::Create(create) => make::create(create, &mut out),
         DiskCommand::Info(info) => image::info(info, &mut out),
         DiskCommand::Map(map) => image::map(map, &mut out),
-        DiskCommand::Convert(convert) => image::convert(convert, &mut out),
+        DiskCommand::Convert(convert) => copy::convert(convert, &mut out),
         DiskCommand::Resize(resize) => image::resize(resize, &mut out),
-        DiskCommand::Commit(commit) => image::commit(commit, &mut out),
+        DiskCommand::Commit(commit) => copy::commit(commit, &mut out),
+        DiskCommand::Compare(compare) => copy::compare(compare, &mut out),
+        DiskCommand::Measure(measure) => make::measure(measure, &mut out),
         DiskCommand::Check(check) => check::check(check, &mut out),
         DiskCommand::Repair(repair) => check::repair(repair, &mut out),
         DiskCommand::Io(shell) => io::run(shell, &mut out),
@@ -79,7 +84,21 @@ pub fn run(command: &DiskCommand) -> ExitCode {
         Err(error) => {
             let _ = out.flush();
             eprintln!("ballast disk: {error}");
-            ExitCode::FAILURE
+            match command {
+                // 1 says that they differ.
+                DiskCommand::Compare(_) => ExitCode::from(2),
+                _ => ExitCode::FAILURE,
+            }
         }
+    }
+}
+
+/// Whether a signal waits until it is asked for, so that what is half made is taken away.
+fn keeps_order(command: &DiskCommand) -> bool {
+    match command {
+        DiskCommand::Create(_) => true,
+        // Others have no name until they are whole, or ask for none.
+        DiskCommand::Convert(convert) => convert.asks_for_signals(),
+        _ => false,
     }
 }

@@ -43,7 +43,9 @@ pub fn parse_size(text: &str) -> Result<u64, NotASize> {
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    let dangling = number.contains('.') && (fraction.is_empty() || shift == 0);
+    // There is no part of a byte.
+    let in_bytes = shift == 0 && fraction.bytes().any(|digit| digit != b'0');
+    let dangling = number.contains('.') && (fraction.is_empty() || in_bytes);
     if whole.is_empty() || !digits(fraction) || fraction.len() > 18 || dangling {
         return Err(NotASize::Malformed);
     }
@@ -124,6 +126,8 @@ mod tests {
             ("1.5k", 1536),
             ("0.5M", 1 << 19),
             ("3b", 3),
+            ("1024.0", 1024),
+            ("1024.0b", 1024),
             ("0x200", 512),
             ("7E", 7 << 60),
             ("9223372036854775807", i64::MAX as u64),

@@ -4,6 +4,9 @@ use std::io::{self, Write};
 
 use devices::disk::qcow2::info::{ImageInfo, Qcow2Info};
 
+use serde::Serialize;
+use serde_json::ser::PrettyFormatter;
+
 use super::number::short_size;
 
 /// Shows how far a long operation is, on standard error.
@@ -47,8 +50,11 @@ impl Progress {
 }
 
 /// An answer for programs.
-pub fn json(out: &mut dyn Write, value: &impl serde::Serialize) -> io::Result<()> {
-    serde_json::to_writer_pretty(&mut *out, value)?;
+pub fn json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
+    let indent = PrettyFormatter::with_indent(b"    ");
+    value.serialize(&mut serde_json::Serializer::with_formatter(
+        &mut *out, indent,
+    ))?;
     writeln!(out)
 }
 

@@ -1,5 +1,8 @@
 //! Copying a disk into a new image: read in order, some requests ahead; what is zero is not
-//! written, but has its place where the copy is preallocated (see `qcow2/fill.rs`).
+//! written, but has its place where the copy is preallocated (see `qcow2/fill.rs`). [`into`] writes
+//! into an image that is there already, or that lies on top of another.
+
+pub mod into;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,14 +18,12 @@ use super::qcow2::create::{CreateOptions, Preallocation, shape_for};
 use super::qcow2::extents::Extents;
 use super::qcow2::fill::{Filling, Zeroes};
 use super::qcow2::writer::{ImageWriter, Shape};
-use super::{Completion, Format, OpenOptions, Operation, Queue, Request, open};
+use super::{Completion, Format, OpenOptions, Operation, Queue, Request, SECTOR, open};
 use crate::config::{BuildError, Invalid};
 
 /// Read at a time, unless a cluster is more.
 const PIECE: u64 = 1 << 20;
-/// So many ahead.
-const AHEAD: usize = 4;
-/// The smallest stretch of zeroes that becomes a hole.
+/// What zeroes are looked for in, and the smallest stretch of them that becomes a hole.
 const HOLE: usize = 4096;
 
 /// The longest stretch of zeroes that gets its place in one go.
@@ -31,6 +32,24 @@ const STRETCH: u64 = 64 << 20;
 const WHOLE: u64 = u32::MAX as u64;
 
 const ZEROES: [u8; HOLE] = [0; HOLE];
+
+/// How a disk is copied.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyOptions {
+    /// So many pieces are read ahead; 1 to 16.
+    pub ahead: u16,
+    /// The smallest stretch of zeroes, in bytes, that becomes a hole of a raw copy; from 512 on.
+    pub hole_bytes: usize,
+}
+
+impl Default for CopyOptions {
+    fn default() -> Self {
+        Self {
+            ahead: 4,
+            hole_bytes: HOLE,
+        }
+    }
+}
 
 /// Whether there is nothing but zeroes.
 pub fn is_zero(bytes: &[u8]) -> bool {
@@ -45,6 +64,7 @@ pub fn convert(
     format: Format,
     source: &OpenOptions,
     target: &CreateOptions,
+    how: CopyOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), BuildError> {
     let source = OpenOptions {
@@ -61,15 +81,16 @@ pub fn convert(
     let reading = format!("reading {}", source.path.display());
     let new = NewFile::begin(&target.path)?;
     let queue = image
-        .open_queue(AHEAD as u16)
+        .open_queue(how.ahead)
         .map_err(|e| BuildError::host(&reading, e))?;
-    let mut reader = Reader::new(queue, size, PIECE.max(1 << shape.cluster_bits));
+    let piece = PIECE.max(1 << shape.cluster_bits);
+    let mut reader = Reader::new(queue, size, piece, how.ahead.into());
     let filling = Filling {
         options: target,
         size,
         file: new.file(),
     };
-    let mut sink = Sink::begin(filling, shape, progress)?;
+    let mut sink = Sink::begin(filling, shape, how.hole_bytes, progress)?;
     loop {
         let piece = reader.next(&mut extents);
         let Some((position, buffer, len)) = piece.map_err(|e| BuildError::host(&reading, e))?
@@ -94,6 +115,8 @@ struct Sink<'a> {
     zeroes: Zeroes,
     /// What of the disk has come by.
     position: u64,
+    /// The smallest hole.
+    hole: usize,
     progress: &'a mut dyn FnMut(u64, u64),
 }
 
@@ -108,6 +131,7 @@ impl<'a> Sink<'a> {
     fn begin(
         filling: Filling<'a>,
         shape: Shape,
+        hole: usize,
         progress: &'a mut dyn FnMut(u64, u64),
     ) -> Result<Self, BuildError> {
         let size = filling.size;
@@ -139,6 +163,7 @@ impl<'a> Sink<'a> {
             filling,
             tables,
             position: 0,
+            hole: hole.max(SECTOR as usize),
             progress,
         })
     }
@@ -147,10 +172,10 @@ impl<'a> Sink<'a> {
     fn write(&mut self, position: u64, bytes: &[u8]) -> Result<(), BuildError> {
         self.pass(position)?;
         let preallocation = self.filling.options.preallocation;
-        let file = self.filling.file;
+        let (file, hole) = (self.filling.file, self.hole);
         let place = |bytes: &[u8], offset| match preallocation {
             Preallocation::Full => file.write_all_at(bytes, offset),
-            _ => write_sparsely(file, offset, bytes, HOLE),
+            _ => write_sparsely(file, offset, bytes, hole),
         };
         let written = match &mut self.tables {
             None => place(bytes, position),
@@ -277,6 +302,7 @@ struct Reader {
     spare: Vec<Arc<AlignedBuffer>>,
     size: u64,
     piece: u64,
+    ahead: usize,
     /// What comes next to be asked for.
     position: u64,
     tag: u16,
@@ -285,13 +311,14 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(queue: Box<dyn Queue>, size: u64, piece: u64) -> Self {
+    fn new(queue: Box<dyn Queue>, size: u64, piece: u64, ahead: usize) -> Self {
         Self {
             pending: VecDeque::new(),
             completed: Vec::new(),
             spare: Vec::new(),
             size,
             piece,
+            ahead,
             position: 0,
             tag: 0,
             queue,
@@ -303,7 +330,7 @@ impl Reader {
         &mut self,
         extents: &mut Extents,
     ) -> io::Result<Option<(u64, Arc<AlignedBuffer>, usize)>> {
-        while self.pending.len() < AHEAD && self.skip(extents)? {
+        while self.pending.len() < self.ahead && self.skip(extents)? {
             self.ask()?;
         }
         self.queue.start()?;

@@ -76,6 +76,8 @@ pub struct CreateOptions {
     pub version_2: bool,
     /// The image below it.
     pub backing: Option<NewBacking>,
+    /// That image is not looked at, and need not be there; the size must be given.
+    pub unchecked_backing: bool,
     /// How much is allocated at once; a raw image has no `metadata`.
     pub preallocation: Preallocation,
 }
@@ -93,25 +95,29 @@ impl CreateOptions {
             lazy_refcounts: false,
             version_2: false,
             backing: None,
+            unchecked_backing: false,
             preallocation: Preallocation::Off,
         }
     }
 
     /// What all of this comes to; errors name the option that is to blame.
     fn shape(&self) -> Result<Shape, BuildError> {
-        let backing_size = self.backing.as_ref().map(|b| self.check_backing(b));
-        let backing_size = backing_size.transpose()?;
+        let backing_size = match &self.backing {
+            Some(backing) if self.unchecked_backing => backing.check_name().map(|()| None)?,
+            Some(backing) => Some(self.check_backing(backing)?),
+            None => None,
+        };
         let Some(size_bytes) = self.size_bytes.or(backing_size) else {
             return Err(invalid(
                 "size",
-                "must be given where there is no backing file",
+                "must be given where there is no backing file that is looked at",
             ));
         };
         self.shape_of(size_bytes)
     }
 
-    /// The same for a disk of `size_bytes`.
-    fn shape_of(&self, size_bytes: u64) -> Result<Shape, BuildError> {
+    /// The same for a disk of `size_bytes`; the backing file is not looked at.
+    pub fn shape_of(&self, size_bytes: u64) -> Result<Shape, BuildError> {
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) || size_bytes > i64::MAX as u64 {
             return Err(invalid(
                 "size",

@@ -170,6 +170,12 @@ impl Extents {
         Self::open(format, &alone, true)
     }
 
+    /// The name of what lies below the topmost image, as its header has it.
+    pub fn backing_name(&self) -> Option<&[u8]> {
+        let tables = self.layers.first()?.tables.as_ref()?;
+        tables.backing.as_ref().map(|backing| &*backing.name)
+    }
+
     /// What lies below the topmost image, which need not have been opened.
     pub fn backing_file(
         &self,
