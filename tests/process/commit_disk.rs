@@ -282,7 +282,7 @@ fn a_base_that_is_smaller_than_the_disk_grows() {
 }
 
 #[test]
-fn a_base_on_a_full_host_ends_the_job_and_the_disk_goes_on_as_before() {
+fn a_base_on_a_full_host_ends_the_job_of_a_disk_that_reports_it_and_the_disk_goes_on_as_before() {
     let mut small = PathBuf::new();
     let mut mounted = true;
     let between = |folder: &Path, _| {
@@ -291,7 +291,8 @@ fn a_base_on_a_full_host_ends_the_job_and_the_disk_goes_on_as_before() {
         mounted = mount(&["-t", "tmpfs", "-o", "size=4m", "tmpfs"], &small);
         empty_image(&small, "holes.raw", SIZE)
     };
-    let mut thin = Thin::boot_with(between, BEFORE);
+    let report = json!({"on_enospc": "report"});
+    let mut thin = Thin::boot_as(between, BEFORE, &report);
     if !mounted {
         eprintln!("SKIPPED: no tmpfs can be mounted here");
         return;

@@ -21,6 +21,7 @@ mod dirty_disk;
 mod full_disk;
 mod governor;
 mod hostile_clients;
+mod job_space;
 mod ledger;
 mod ledger_bad;
 mod ledger_chaos;

@@ -22,7 +22,7 @@ use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::time::Instant;
 
-use devices::block::job::{JobKind, JobStatus};
+use devices::block::job::{JobKind, JobStatus, Waiting};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -74,10 +74,39 @@ pub struct JobInfo {
     pub copied_bytes: u64,
     /// The most bytes that it may read in a second; null where there is no limit.
     pub speed: Option<u64>,
+    /// There while the host has no space for what it is to write: it is tried again every second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub waiting_for_space: Option<SpaceWanted>,
     /// Why it failed, or what could not be done although it completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub reason: Option<String>,
+}
+
+/// The space that a job waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(example = json!({
+    "needed_bytes": 1048576, "free_bytes": 65536, "error": "No space left on device (os error 28)"
+}))]
+pub struct SpaceWanted {
+    /// Bytes that are to be written at once; no more than these are needed for them.
+    pub needed_bytes: u64,
+    /// Bytes that were free on the host's file system when it was tried last; null where that does
+    /// not say.
+    pub free_bytes: Option<u64>,
+    /// What the host said: it may be a quota that leaves no more.
+    pub error: String,
+}
+
+impl From<Waiting> for SpaceWanted {
+    fn from(waiting: Waiting) -> Self {
+        Self {
+            needed_bytes: waiting.needed_bytes,
+            free_bytes: waiting.free_bytes,
+            error: waiting.error,
+        }
+    }
 }
 
 /// What a job is to be.
@@ -160,6 +189,13 @@ impl Jobs {
             true => Err(Error::JobEnded { id: id.to_owned() }),
             false => Err(Error::UnknownJob { id: id.to_owned() }),
         }
+    }
+
+    /// Has the one on a disk, if there is one, try at once what lacks space; to `give_up` is to have
+    /// it fail where there still is none.
+    pub fn retry_on(&self, disk: &str, give_up: bool) {
+        let of_disk = self.live.iter().filter(|live| live.order.disk == disk);
+        of_disk.for_each(|live| live.retry(give_up));
     }
 
     /// Tells the one on a disk, if there is one, to end: the disk is to go.

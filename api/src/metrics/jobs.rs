@@ -35,4 +35,9 @@ pub(super) fn add(page: &mut Page, observation: &Observation) {
         "Bytes that it had to write.",
         |job| job.copied_bytes,
     );
+    family(
+        "disk_job_waits_for_space",
+        "1 while the host has no space for what it is to write, else 0.",
+        |job| u64::from(job.waiting_for_space.is_some()),
+    );
 }

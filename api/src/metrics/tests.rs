@@ -68,6 +68,7 @@ fn jobs() -> Vec<JobInfo> {
         total_bytes: 65536,
         copied_bytes: 4096,
         speed: None,
+        waiting_for_space: None,
         reason: None,
     };
     vec![

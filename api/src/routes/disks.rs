@@ -36,7 +36,8 @@ pub struct ResumeDisk {
     /// The device's id.
     id: String,
     /// Hold what is held no longer: what still lacks space fails, and the guest is told. A guest
-    /// can let go of a disk (`vm.remove-device`) only when it has had an answer to all it asked.
+    /// can let go of a disk (`vm.remove-device`) only when it has had an answer to all it asked. A
+    /// job that waits for space fails, where it still lacks it.
     #[serde(default)]
     give_up: bool,
 }
@@ -80,7 +81,8 @@ pub async fn resize(
 /// Writes for which the host had no space are held (`on_enospc`) and tried again every second; this
 /// does it at once. A VM that was paused for that (`pause-vm`) is resumed. Where nothing is held,
 /// nothing happens; where the VM was paused by a client, it stays so, and they are tried when it is
-/// resumed. The event `disk-resumed` tells that nothing is held any more.
+/// resumed. The event `disk-resumed` tells that nothing is held any more. A job on the disk that waits
+/// for space tries again, too.
 #[utoipa::path(
     put, path = "/vm.resume-disk", operation_id = "resumeDisk", tag = "disks",
     request_body(content = ResumeDisk, description = "The disk."),

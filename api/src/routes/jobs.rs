@@ -69,6 +69,9 @@ pub struct CancelJob {
 /// as before, and can be streamed again. A disk has one job at a time, and can neither be resized
 /// nor moved on to an overlay meanwhile. When the guest is reset, or the VM rebooted, the job begins
 /// again; what was copied is not copied twice. It ends with a shutdown, and with the disk's removal.
+/// Where the host has no space for what it writes, it waits as the disk's `on_enospc` and
+/// `enospc_grace_ms` say of the guest's writes, but never pauses the VM: the events `job-waiting` and
+/// `job-resumed` tell of that, and `waiting_for_space` of the job does.
 /// Not possible for disks that are read-only, have nothing below them or snapshots inside, or are
 /// locked as a whole (`lock_granularity`).
 #[utoipa::path(
@@ -90,7 +93,8 @@ pub async fn stream(
 /// on with the base, which `vm.info` shows as its `path` from then on (the guest sees the same
 /// disk), and the image it had is emptied and closed. The answer is a job, as of `vm.stream-disk`,
 /// and the same holds for it: one job a disk, at its own speed, begun again on a reset, cancelled
-/// with a shutdown and with the disk's removal. However it ends, by a SIGKILL as well, the image
+/// with a shutdown and with the disk's removal, waiting for space (that is the base's, also where
+/// it is about to end: the disk goes on meanwhile). However it ends, by a SIGKILL as well, the image
 /// over its base shows the whole disk; the base alone does only when the job has completed. Until
 /// then the base is locked as one that is written to: the job is refused while anybody else reads
 /// it, other overlays of it in the first place. Not possible for disks that are read-only, have
@@ -124,7 +128,9 @@ async fn begin(
 
 /// Show the jobs
 ///
-/// Those that have not ended, then the last 16 that have, the last one first.
+/// Those that have not ended, then the last 16 that have, the last one first. One that runs and has
+/// `waiting_for_space` tries every second whether there is space: `vm.resume-disk` has it try at
+/// once, or give up.
 #[utoipa::path(
     get, path = "/vm.jobs", operation_id = "getJobs", tag = "disks",
     responses((status = 200, description = "Every job.", body = [JobInfo])),

@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 use super::buffers::AlignedBuffer;
 
+/// Bytes that are moved in a step, or a cluster.
+pub const PIECE: u64 = 1 << 20;
+
 /// A step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {

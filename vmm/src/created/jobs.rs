@@ -40,6 +40,11 @@ impl Created {
         self.jobs.set_speed(id, speed)
     }
 
+    /// Has the job of a disk try at once what lacks space, and perhaps give up.
+    pub fn retry_job_on(&self, disk: &str, give_up: bool) {
+        self.jobs.retry_on(disk, give_up);
+    }
+
     /// Looks what has become of the jobs; those that have ended are to be told of, once the
     /// configuration is published.
     pub fn look_at_jobs(&mut self, now: Instant) -> Vec<Ended> {

@@ -33,6 +33,8 @@ pub struct Live {
     seen: JobView,
     /// How far it was told to have come, in bytes done and copied, and when.
     told: ((u64, u64), Instant),
+    /// It was told that it waits for space.
+    told_waiting: bool,
     /// When its end is to be tried again, and how often it was tried.
     retry: (Option<Instant>, u32),
     /// It was told to end, and is not to begin again on another machine.
@@ -54,6 +56,7 @@ impl Live {
             seen: job.view(),
             job: Some(job),
             told: ((0, 0), Instant::now()),
+            told_waiting: false,
             retry: (None, 0),
             cancelled: false,
             order,
@@ -69,6 +72,7 @@ impl Live {
         let job = start(&self.order, devices, environment)?;
         self.seen = job.view();
         self.retry = (None, 0);
+        self.told_waiting = false;
         self.job = Some(job);
         Ok(())
     }
@@ -89,6 +93,7 @@ impl Live {
             total_bytes: 0,
             copied_bytes: 0,
             speed: None,
+            waiting_for_space: None,
             reason: None,
         };
         self.fill_in(&mut info, &self.seen);
@@ -108,12 +113,14 @@ impl Live {
         info.done_bytes = view.done_bytes;
         info.total_bytes = view.total_bytes;
         info.copied_bytes = view.copied_bytes;
+        info.waiting_for_space = view.waiting.clone().map(Into::into);
         info.speed = self.order.speed.map(NonZeroU64::get);
     }
 
     /// As it is to be shown from now on.
     pub fn ended_as(&self, status: JobStatus) -> JobInfo {
         let mut info = self.info();
+        info.waiting_for_space = None;
         (info.state, info.reason) = match status {
             JobStatus::Ready => (JobState::Completed, None),
             JobStatus::Failed(reason) => (JobState::Failed, Some(reason)),
@@ -129,6 +136,11 @@ impl Live {
             job.set_speed(speed);
             self.seen = job.view();
         }
+    }
+
+    /// Has it try at once what lacks space, and fail if there still is none and it is to `give_up`.
+    pub fn retry(&self, give_up: bool) {
+        self.job.iter().for_each(|job| job.retry(give_up));
     }
 
     /// Tells it to end.
@@ -159,11 +171,24 @@ impl Live {
         retry.unwrap_or(self.told.1 + PROGRESS_INTERVAL)
     }
 
+    /// Tells that it waits for space, or no longer does.
+    fn tell_waiting(&mut self) {
+        let waits = self.seen.waiting.is_some();
+        // How one ended is told otherwise.
+        if waits != self.told_waiting
+            && matches!(self.seen.status, JobStatus::Running | JobStatus::Ready)
+        {
+            self.told_waiting = waits;
+            let event = if waits { "job-waiting" } else { "job-resumed" };
+            tell(&self.events, event, &self.info());
+        }
+    }
+
     /// What has become of it, if it has ended.
     pub fn look(&mut self, devices: &DeviceManager, go_on: bool, now: Instant) -> Option<JobInfo> {
-        let job = self.job.as_mut()?;
-        self.seen = job.view();
+        self.seen = self.job.as_ref()?.view();
         let status = self.seen.status.clone();
+        self.tell_waiting();
         if status == JobStatus::Running {
             if now >= self.told.1 + PROGRESS_INTERVAL {
                 let come = (self.seen.done_bytes, self.seen.copied_bytes);
@@ -184,6 +209,7 @@ impl Live {
         if retry.is_some_and(|at| now < at) {
             return None;
         }
+        let job = self.job.as_mut()?;
         let concluded = match devices.disk(&self.order.disk) {
             Ok(block) => job.conclude(block, go_on),
             // Its job went with it.
@@ -196,6 +222,8 @@ impl Live {
                 reason,
                 ..self.ended_as(JobStatus::Ready)
             }),
+            // It tells when it is ready again.
+            Err(ConcludeError::NoSpace) => None,
             Err(ConcludeError::Timeout) if attempts + 1 < ATTEMPTS => {
                 self.retry = (Some(Instant::now() + RETRY_INTERVAL), attempts + 1);
                 None
@@ -228,6 +256,13 @@ pub fn tell(events: &Events, event: &'static str, job: &JobInfo) {
         ("total_bytes", &total),
         ("copied_bytes", &copied),
     ];
+    let wanted = job.waiting_for_space.as_ref();
+    let needed = wanted.map(|wanted| wanted.needed_bytes.to_string());
+    let free = wanted.and_then(|wanted| wanted.free_bytes);
+    let free = free.map(|bytes| bytes.to_string());
+    properties.extend(needed.as_deref().map(|needed| ("needed_bytes", needed)));
+    properties.extend(free.as_deref().map(|free| ("free_bytes", free)));
+    properties.extend(wanted.map(|wanted| ("error", wanted.error.as_str())));
     properties.extend(job.reason.as_deref().map(|reason| ("reason", reason)));
     events.emit("virtio-device", event, &properties);
 }

@@ -37,7 +37,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Has a disk try again what it holds for lack of space; a VM that was paused for that goes on.
+    /// Has a disk and its job try again what lacks space; a VM that was paused for that goes on.
     pub(super) fn resume_disk(&mut self, id: &str, give_up: bool) -> Result<(), Error> {
         let created = self.created(Verb::ResumeDisk)?;
         let disk = created.running()?.devices.disk(id)?;
@@ -45,6 +45,7 @@ impl Vmm {
             disk.give_up_held();
         }
         disk.retry_held();
+        created.retry_job_on(id, give_up);
         if created.is_paused_for_space() {
             self.resume()?;
         }

@@ -11,12 +11,13 @@
 //! process be killed, or the host lose its power, at any moment. When it is emptied the base has
 //! everything, durably.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use super::thread::{End, Told, Work};
+use super::thread::{End, Told, Unfinished, Work};
 use super::{ConcludeError, Job, JobStatus};
 use crate::block::frozen::{Frozen, ask};
 use crate::block::{Block, ImageType, Opened, snapshot};
@@ -24,7 +25,7 @@ use crate::config::{BuildError, Invalid};
 use crate::disk::blocking::Blocking;
 use crate::disk::dirty::Tracking;
 use crate::disk::exchange::Exchange;
-use crate::disk::steps::{Reply, Step, Taken};
+use crate::disk::steps::{PIECE, Reply, Step, Taken};
 use crate::disk::{BackingInfo, Format, Image};
 use crate::worker::{Order, Worker};
 
@@ -78,13 +79,17 @@ impl Base {
 }
 
 impl Work {
-    /// From the beginning to the end; calls `wake` when it is ready. Ends well only when the disk
-    /// stands still and the base has everything.
-    pub(super) fn commit(&mut self, mut base: Base, wake: &dyn Fn()) -> Result<(), End> {
+    /// From the beginning to the end. Ends well only when the disk stands still and the base has
+    /// everything.
+    pub(super) fn commit(&mut self, mut base: Base) -> Result<(), End> {
         let total = self.shared.total_bytes;
         if base.disk.size_bytes() < total {
-            let grown = base.disk.grow(total);
-            grown.map_err(|error| base.failed(error))?;
+            self.on_base(&mut base, PIECE, |disk| {
+                disk.grow(total).map_err(|error| match error {
+                    BuildError::Host { source, .. } => source,
+                    error => io::Error::other(error),
+                })
+            })?;
         }
         let mut position = 0;
         while position < total {
@@ -93,27 +98,38 @@ impl Work {
             done.store(position.min(total), Ordering::SeqCst);
         }
         self.flush(&mut base)?;
-        self.catch_up(&mut base)?;
-        *self.shared.status() = JobStatus::Ready;
-        wake();
         loop {
-            if let Some(reply) = self.finish.take() {
-                let result = self.copy_rest(&mut base);
-                drop(base);
-                let told = result.as_ref().copied().map_err(End::to_string);
-                // Nobody may be waiting any more.
-                let _ = reply.send(told);
-                return result;
-            }
-            self.wait(LOOK)?;
-            if self.finish.is_none() && base.tracking.bytes() > base.little {
-                self.copy_changed(&mut base)?;
-                self.flush(&mut base)?;
+            self.catch_up(&mut base)?;
+            *self.shared.status() = JobStatus::Ready;
+            (self.wake)();
+            // Until it had to wait for space.
+            while *self.shared.status() == JobStatus::Ready {
+                if self.finish.is_some() {
+                    let result = self.copy_rest(&mut base);
+                    if let Some(reply) = self.finish.take() {
+                        drop(base);
+                        let told = match &result {
+                            Ok(()) => Ok(()),
+                            Err(end) => Err(Unfinished::Failed(end.to_string())),
+                        };
+                        // Nobody may be waiting any more.
+                        let _ = reply.send(told);
+                        return result;
+                    }
+                    result?;
+                    continue;
+                }
+                self.wait(LOOK)?;
+                if self.finish.is_none() && base.tracking.bytes() > base.little {
+                    self.copy_changed(&mut base)?;
+                    self.flush(&mut base)?;
+                }
             }
         }
     }
 
-    /// Copies all that is left, of a disk that stands still.
+    /// Copies all that is left, of a disk that stands still for as long as somebody waits for the
+    /// end.
     fn copy_rest(&mut self, base: &mut Base) -> Result<(), End> {
         self.copy_changed(base)?;
         // Twice: the first lets go of what the second records.
@@ -121,6 +137,7 @@ impl Work {
         self.flush(base)?;
         match base.tracking.bytes() {
             0 => Ok(()),
+            _ if self.finish.is_none() => Ok(()),
             _ => Err(End::Failed("the disk does not stand still".into())),
         }
     }
@@ -164,27 +181,53 @@ impl Work {
         if reached.position <= from {
             return Err(End::Failed(format!("it does not get beyond byte {from}")));
         }
-        let written = match &reached.taken {
-            Taken::Nothing => Ok(()),
+        match &reached.taken {
+            Taken::Nothing => {}
             Taken::Zeroes(start) => {
                 let len = reached.position.saturating_sub(*start);
-                base.disk.write_zeroes(*start, len, true, false)
+                self.on_base(base, len.min(PIECE), |disk| {
+                    disk.write_zeroes(*start, len, true, false)
+                })?;
             }
             Taken::Data(start, memory, len) => {
                 let bytes = memory.bytes().get(..*len).unwrap_or(&[]);
                 let copied = &self.shared.copied_bytes;
                 copied.fetch_add(bytes.len() as u64, Ordering::SeqCst);
-                base.disk.write(*start, bytes, false)
+                self.on_base(base, bytes.len() as u64, |disk| {
+                    disk.write(*start, bytes, false)
+                })?;
             }
-        };
-        written.map_err(|error| base.failed(error))?;
+        }
         self.keep_to_speed(reached.read)?;
         Ok(reached.position)
     }
 
     fn flush(&mut self, base: &mut Base) -> Result<(), End> {
         self.check()?;
-        base.disk.flush().map_err(|error| base.failed(error))
+        self.on_base(base, 0, Blocking::flush)
+    }
+
+    /// Has the base do something that may be done again, and that takes up to so many bytes of the
+    /// host.
+    fn on_base(
+        &mut self,
+        base: &mut Base,
+        needed: u64,
+        mut what: impl FnMut(&mut Blocking) -> io::Result<()>,
+    ) -> Result<(), End> {
+        loop {
+            match what(&mut base.disk) {
+                Ok(()) => {
+                    self.has_space();
+                    return Ok(());
+                }
+                Err(error) => {
+                    if !self.lacks_space(&error, needed)? {
+                        return Err(base.failed(error));
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -273,28 +316,29 @@ impl Job {
 
     /// Has the thread copy the rest, and close the base.
     fn finish(&self) -> Result<(), ConcludeError> {
-        let not_moved = |error: std::io::Error| {
+        let not_moved = |error: io::Error| {
             ConcludeError::NotMoved(BuildError::host("copying the rest of it", error))
         };
         let (reply, answer) = channel();
         let told = self.told.send(Told::Finish(reply));
-        told.map_err(|_| not_moved(std::io::Error::other("the job's thread is gone")))?;
+        told.map_err(|_| not_moved(io::Error::other("the job's thread is gone")))?;
         match answer.recv_timeout(LAST_COPY) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(reason)) => Err(not_moved(std::io::Error::other(reason))),
+            Ok(Err(Unfinished::NoSpace)) => Err(ConcludeError::NoSpace),
+            Ok(Err(Unfinished::Failed(reason))) => Err(not_moved(io::Error::other(reason))),
             Err(RecvTimeoutError::Disconnected) => {
-                Err(not_moved(std::io::Error::other("the job's thread is gone")))
+                Err(not_moved(io::Error::other("the job's thread is gone")))
             }
             Err(RecvTimeoutError::Timeout) => {
                 self.cancel();
-                Err(not_moved(std::io::ErrorKind::TimedOut.into()))
+                Err(not_moved(io::ErrorKind::TimedOut.into()))
             }
         }
     }
 
     /// Empties the image, whose queue stands still. An error says whether it may have lost
     /// anything.
-    fn empty(&self, worker: &Worker, image: &dyn Image) -> Result<(), (bool, std::io::Error)> {
+    fn empty(&self, worker: &Worker, image: &dyn Image) -> Result<(), (bool, io::Error)> {
         let Some(base) = &self.base else {
             return Ok(());
         };
@@ -311,7 +355,7 @@ impl Job {
             // What was begun may still come about.
             Err(_) => {
                 let begun = !base.steps.withdraw(number);
-                Err((begun, std::io::ErrorKind::TimedOut.into()))
+                Err((begun, io::ErrorKind::TimedOut.into()))
             }
         }
     }

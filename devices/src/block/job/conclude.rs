@@ -15,6 +15,10 @@ pub enum ConcludeError {
     /// The queue could not write out in time what it has; may be tried again.
     #[error("writing out what the disk holds took too long")]
     Timeout,
+    /// The host has no space for the rest: the disk goes on as before, and the job with its work. It
+    /// is ready again when there is.
+    #[error("the host has no space for the rest of it")]
+    NoSpace,
     /// It failed. The disk goes on as before, and all of it is in its image; the files below it
     /// stay open until it is opened anew.
     #[error("the image stands alone, but what was below it is still open: {0}")]

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!   begin ─► running ─► ready ─► conclude: the VMM thread exchanges the engine
-//!               │  └──► failed
-//!               └─────► cancelled
+//!             │  │ ▲     └─► no space for the rest of a commit: running
+//!             │  │ └─ (may wait for space: [`space`])
+//!             │  └──► failed
+//!             └─────► cancelled
 //! ```
 //!
 //! A job has a thread of its own ([`thread`]), which opens and reads nothing: it has the disk's
@@ -27,6 +29,7 @@
 
 mod commit;
 mod conclude;
+mod space;
 mod thread;
 
 use std::num::NonZeroU64;
@@ -40,7 +43,9 @@ use utoipa::ToSchema;
 
 use self::commit::{Base, Below};
 pub use self::conclude::ConcludeError;
-use self::thread::{Task, Told, Work};
+use self::space::Host;
+pub use self::space::Waiting;
+use self::thread::{Parts, Task, Told, Work};
 use super::{Block, LockGranularity, NAME_BYTES};
 use crate::allow;
 use crate::config::{BuildError, Invalid};
@@ -48,8 +53,8 @@ use crate::disk::Image;
 use crate::disk::blocking::Blocking;
 use crate::sandbox::{Allow, COMMON, Filter};
 
-/// What its thread calls: it waits, and has others do the rest.
-pub const SYSCALLS: &[&[Allow]] = &[COMMON];
+/// What its thread calls: it waits, has others do the rest, and looks how much space there is.
+pub const SYSCALLS: &[&[Allow]] = &[COMMON, crate::disk::space::SYSCALLS];
 
 /// What it calls beside that where it makes a raw image larger.
 pub const GROW_SYSCALLS: &[Allow] = &[allow!(ftruncate), allow!(lseek)];
@@ -102,6 +107,8 @@ pub struct JobView {
     pub copied_bytes: u64,
     /// The most bytes that it may read from below in a second, to write what is not zero.
     pub speed: Option<NonZeroU64>,
+    /// What it waits for, while it runs: the host has no space.
+    pub waiting: Option<Waiting>,
     /// How it stands.
     pub status: JobStatus,
 }
@@ -127,11 +134,16 @@ struct Shared {
     speed: AtomicU64,
     cancelled: AtomicBool,
     status: Mutex<JobStatus>,
+    waiting: Mutex<Option<Waiting>>,
 }
 
 impl Shared {
     fn status(&self) -> MutexGuard<'_, JobStatus> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -152,7 +164,8 @@ impl Block {
     }
 
     /// Begins a job that moves up to `speed` bytes a second; it calls `wake`, which must not wait
-    /// for anybody, when it is ready, and when its thread has ended, whatever the outcome, last.
+    /// for anybody, when it is ready, when it begins and ends to wait for space, and when its thread
+    /// has ended, whatever the outcome, last.
     /// Refusals name the field `id`. Called on the VMM thread.
     pub fn begin_job(
         &self,
@@ -193,15 +206,25 @@ impl Block {
             speed: AtomicU64::new(speed.map_or(0, NonZeroU64::get)),
             cancelled: AtomicBool::new(false),
             status: Mutex::new(JobStatus::Running),
+            waiting: Mutex::default(),
         });
         let (told, inbox) = channel();
-        let work = Work::new(
-            shared.clone(),
+        let parts = Parts {
+            shared: shared.clone(),
             steps,
-            worker.orders(),
-            (told.clone(), inbox),
-        );
-        let thread = spawn(&thread_name(&self.id), self.seccomp, work, task, wake)?;
+            orders: worker.orders(),
+            host: Host {
+                hold: self.hold.clone(),
+                // Where it writes.
+                file: match &base {
+                    Some(below) => below.image.host_file(),
+                    None => image.host_file(),
+                },
+            },
+            wake,
+        };
+        let work = Work::new(parts, (told.clone(), inbox));
+        let thread = spawn(&thread_name(&self.id), self.seccomp, work, task)?;
         Ok(Job {
             kind,
             shared,
@@ -249,6 +272,7 @@ impl Job {
             total_bytes: shared.total_bytes,
             copied_bytes: shared.copied_bytes.load(Ordering::SeqCst),
             speed: NonZeroU64::new(shared.speed.load(Ordering::SeqCst)),
+            waiting: shared.waiting().clone(),
             status: shared.status().clone(),
         }
     }
@@ -258,6 +282,13 @@ impl Job {
         let speed = speed.map_or(0, NonZeroU64::get);
         self.shared.speed.store(speed, Ordering::SeqCst);
         self.look();
+    }
+
+    /// Has it try at once what it waits to have space for; to `give_up` is to have it fail if there
+    /// still is none. Does not wait for that.
+    pub fn retry(&self, give_up: bool) {
+        // One that has ended waits for nothing.
+        let _ = self.told.send(Told::Retry { give_up });
     }
 
     /// Has it end soon; does not wait for that. One that is ready stays so.
@@ -306,7 +337,6 @@ fn spawn(
     seccomp: crate::sandbox::SeccompMode,
     work: Work,
     task: Task,
-    wake: Box<dyn Fn() + Send>,
 ) -> Result<JoinHandle<()>, BuildError> {
     let failed = |error| BuildError::host(format!("starting the thread {name}"), error);
     let lists = match &task {
@@ -325,7 +355,7 @@ fn spawn(
             // The spawner waits for this, so it is there to hear it.
             let _ = installed.send(result);
             if go {
-                work.run(task, &wake);
+                work.run(task);
             }
         })
         .map_err(failed)?;

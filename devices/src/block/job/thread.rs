@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::commit::Base;
+use super::space::{Host, Lack};
 use super::{JobStatus, Shared};
-use crate::disk::steps::{Outcome, Reached, Reply, Step, Steps};
+use crate::disk::steps::{Outcome, PIECE, Reached, Reply, Step, Steps};
 use crate::worker::{Order, Orders};
 
 /// After this the queue's thread is told again to look: it may be gone.
@@ -27,8 +28,23 @@ pub enum Told {
     Answer(Outcome),
     /// Something has changed: whether it is to end, how fast it may be.
     Look,
+    /// What lacks space is to be tried at once; and to fail if there is still none, where that is
+    /// said.
+    Retry { give_up: bool },
     /// The disk stands still: a commit that is ready is to do the rest, and say how that went.
-    Finish(Sender<Result<(), String>>),
+    Finish(Finish),
+}
+
+/// Who waits for the end of a commit.
+pub type Finish = Sender<Result<(), Unfinished>>;
+
+/// Why a commit could not do the rest.
+#[derive(Clone, Debug)]
+pub enum Unfinished {
+    /// The host has no space: it waits for that, with the disk in use, and is ready again later.
+    NoSpace,
+    /// It has ended; why.
+    Failed(String),
 }
 
 /// What it does.
@@ -37,18 +53,33 @@ pub enum Task {
     Commit(Base),
 }
 
+/// What it works with.
+pub struct Parts {
+    pub shared: Arc<Shared>,
+    /// Taken by the image of the disk.
+    pub steps: Arc<dyn Steps>,
+    /// Heard by the thread of its first queue.
+    pub orders: Orders,
+    pub host: Host,
+    /// Called when there is something to see.
+    pub wake: Box<dyn Fn() + Send>,
+}
+
 /// See the module.
 pub struct Work {
     pub(super) shared: Arc<Shared>,
     steps: Arc<dyn Steps>,
     orders: Orders,
+    pub(super) host: Host,
+    pub(super) wake: Box<dyn Fn() + Send>,
     told: Sender<Told>,
     inbox: Receiver<Told>,
     /// Bytes that were moved faster than they may be, and since when.
     ahead: (f64, Instant),
-    /// Waits for the rest; from then on there is no limit to the speed.
-    pub(super) finish: Option<Sender<Result<(), String>>>,
-    finishing: bool,
+    /// Waits for the rest; until it has an answer there is no limit to the speed.
+    pub(super) finish: Option<Finish>,
+    pub(super) finishing: bool,
+    pub(super) lack: Option<Lack>,
 }
 
 /// Why it ends early.
@@ -61,38 +92,37 @@ pub enum End {
 }
 
 impl Work {
-    /// On a disk whose image takes these steps, and whose first queue's thread these orders.
-    pub fn new(
-        shared: Arc<Shared>,
-        steps: Arc<dyn Steps>,
-        orders: Orders,
-        (told, inbox): (Sender<Told>, Receiver<Told>),
-    ) -> Self {
+    /// Hears what is sent to `told`.
+    pub fn new(parts: Parts, (told, inbox): (Sender<Told>, Receiver<Told>)) -> Self {
         Self {
-            shared,
-            steps,
-            orders,
+            shared: parts.shared,
+            steps: parts.steps,
+            orders: parts.orders,
+            host: parts.host,
+            wake: parts.wake,
             told,
             inbox,
             ahead: (0.0, Instant::now()),
             finish: None,
             finishing: false,
+            lack: None,
         }
     }
 
-    /// From the beginning to the end; calls `wake` when there is something to see.
-    pub fn run(mut self, task: Task, wake: &dyn Fn()) {
+    /// From the beginning to the end.
+    pub fn run(mut self, task: Task) {
         let result = match task {
             Task::Stream => self.stream(),
-            Task::Commit(base) => self.commit(base, wake),
+            Task::Commit(base) => self.commit(base),
         };
         let status = match result {
             Ok(()) => JobStatus::Ready,
             Err(End::Cancelled) => JobStatus::Cancelled,
             Err(End::Failed(reason)) => JobStatus::Failed(reason),
         };
+        *self.shared.waiting() = None;
         *self.shared.status() = status;
-        wake();
+        (self.wake)();
     }
 
     fn stream(&mut self) -> Result<(), End> {
@@ -121,12 +151,18 @@ impl Work {
     pub(super) fn step(&mut self, step: Step) -> Result<Reached, End> {
         loop {
             match self.try_step(step)? {
-                Ok(reached) => return Ok(reached),
+                Ok(reached) => {
+                    self.has_space();
+                    return Ok(reached);
+                }
                 // What was given up by one that was cancelled may still be under way.
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => {
                     self.wait(BUSY)?;
                 }
                 Err(error) => {
+                    if self.lacks_space(&error, PIECE)? {
+                        continue;
+                    }
                     let reason = match step {
                         Step::Populate(position) | Step::Take(position, _) => {
                             format!("at byte {position}: {error}")
@@ -161,9 +197,12 @@ impl Work {
                 attend = now + LOOK_AGAIN;
             }
             match self.inbox.recv_timeout(attend - now) {
-                Ok(Told::Answer(outcome)) => return Ok(outcome),
-                Ok(Told::Finish(reply)) => self.finish_with(reply),
-                Ok(Told::Look) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(told) => {
+                    if let Some(outcome) = self.hear(told) {
+                        return Ok(outcome);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
                 // We have a sender ourselves.
                 Err(RecvTimeoutError::Disconnected) => return Err(End::Cancelled),
             }
@@ -207,16 +246,28 @@ impl Work {
 
     /// Waits so long, or until something changes.
     pub(super) fn wait(&mut self, wait: Duration) -> Result<(), End> {
-        // A late answer says nothing any more.
-        if let Ok(Told::Finish(reply)) = self.inbox.recv_timeout(wait) {
-            self.finish_with(reply);
+        if let Ok(told) = self.inbox.recv_timeout(wait) {
+            // A late answer says nothing any more.
+            self.hear(told);
         }
         self.check()
     }
 
-    /// From now on a guest waits.
-    fn finish_with(&mut self, reply: Sender<Result<(), String>>) {
-        self.finish = Some(reply);
-        self.finishing = true;
+    fn hear(&mut self, told: Told) -> Option<Outcome> {
+        match told {
+            Told::Answer(outcome) => return Some(outcome),
+            Told::Look => {}
+            Told::Retry { give_up } => {
+                if let Some(lack) = &mut self.lack {
+                    lack.retry(give_up);
+                }
+            }
+            // From now on a guest waits.
+            Told::Finish(reply) => {
+                self.finish = Some(reply);
+                self.finishing = true;
+            }
+        }
+        None
     }
 }

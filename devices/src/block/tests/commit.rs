@@ -10,7 +10,9 @@ use std::sync::mpsc::{Receiver, channel};
 
 use super::enospc::Small;
 use super::guest::Guest;
-use super::job::{BLOCK, PATIENCE, PLAIN, bytes_of, can_write, check, content, over, speed};
+use super::job::{
+    BLOCK, PATIENCE, PLAIN, bytes_of, can_write, check, content, over, reporting, speed,
+};
 use super::*;
 use crate::block::ImageType;
 use crate::block::job::{Job, JobKind, JobStatus};

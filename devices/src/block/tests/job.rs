@@ -54,6 +54,13 @@ pub(super) fn over() -> serde_json::Value {
     serde_json::json!({"image_type": "Qcow2", "backing_files": true})
 }
 
+/// One that does not wait for space.
+pub(super) fn reporting() -> serde_json::Value {
+    let mut config = over();
+    config["on_enospc"] = "report".into();
+    config
+}
+
 pub(super) fn speed(bytes: u64) -> Option<NonZeroU64> {
     NonZeroU64::new(bytes)
 }
@@ -368,14 +375,14 @@ fn what_can_not_be_read_below_ends_a_job_and_says_where() {
 }
 
 #[test]
-fn a_host_that_is_full_ends_a_job_and_with_more_space_another_goes_on() {
+fn a_host_that_is_full_ends_a_job_that_does_not_wait_and_with_more_space_another_goes_on() {
     let Some(folder) = qemu::folder() else { return };
     for sync in [false, true] {
         let Some(small) = Small::new() else { return };
         let (base, _) = images(folder.path(), "cluster_size=64k");
         let options = format!("backing_file={},backing_fmt=raw", base.display());
         let path = qemu::create(&small.path(""), "top.qcow2", &options, SIZE);
-        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, reporting());
         let (job, told) = begin(&disk.block, None);
         told.recv_timeout(PATIENCE).unwrap();
         let JobStatus::Failed(reason) = job.view().status else {

@@ -17,6 +17,7 @@ mod pool;
 mod qcow2;
 mod queues;
 mod snapshot;
+mod waiting;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -29,7 +29,7 @@ fn a_base_without_space_ends_a_commit_and_with_more_space_another_goes_on() {
     for (sync, format) in [(false, Format::Raw), (true, Format::Qcow2)] {
         let Some(small) = Small::new() else { return };
         let (base, path) = over_full(&small, folder.path(), format);
-        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, reporting());
         let mut expected = vec![0; SIZE as usize];
         for at in (0..SIZE).step_by(1 << 20) {
             let bytes: Vec<u8> = bytes_of(at + 1).repeat(128);
@@ -58,7 +58,7 @@ fn a_base_without_space_for_the_rest_leaves_the_disk_on_its_image() {
     for (sync, format) in [(true, Format::Raw), (false, Format::Qcow2)] {
         let Some(small) = Small::new() else { return };
         let (base, path) = over_full(&small, folder.path(), format);
-        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, over());
+        let mut disk = Disk::on(&path, Setup { sync, ..PLAIN }, reporting());
         let (mut job, told) = begin(&disk.block, None);
         ready(&job, &told);
         small.fill();

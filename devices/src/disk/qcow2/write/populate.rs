@@ -25,15 +25,13 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::super::super::buffers::Buffers;
-use super::super::super::steps::{Outcome, Reached, Step};
+use super::super::super::steps::{Outcome, PIECE, Reached, Step};
 use super::super::chain::Found;
 use super::super::header::Header;
 use super::engine::{Engine, own};
 use super::io::Kind as Do;
 use super::lock::locked;
 
-/// Bytes that are copied at a time, or a cluster.
-const PIECE: u64 = 1 << 20;
 /// Places that are looked at in a row: somebody may want the job to end.
 const LOOKS: usize = 256;
 /// Offset and length of the backing file's name, in the header.

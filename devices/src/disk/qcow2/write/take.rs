@@ -18,14 +18,12 @@
 use std::io;
 
 use super::super::super::buffers::Buffers;
-use super::super::super::steps::{Outcome, Reached, Taken};
+use super::super::super::steps::{Outcome, PIECE, Reached, Taken};
 use super::super::map::Mapping;
 use super::engine::{Engine, Tickets, own};
 use super::io::Kind as Do;
 use super::lock::locked;
 
-/// Bytes that are read at a time.
-const PIECE: u64 = 1 << 20;
 /// Bytes that are told to be zeroes at a time: whoever hears of it has work to do.
 const ZEROES: u64 = 64 << 20;
 /// Places that are looked at in a row: somebody may want the job to end.
