@@ -50,10 +50,7 @@ fn command(random: &mut Random, size: u64, cluster: u64, subclusters: bool) -> S
         5 | 6 => format!("write -z {offset} {length}"),
         7 | 8 => format!("write -z -u {offset} {length}"),
         9 | 10 => format!("write -f -P {pattern} {offset} {length}"),
-        // They must be whole sectors with us.
-        11..=14 if unit > 1 && length.is_multiple_of(512) => {
-            format!("aio_write -P {pattern} {offset} {length}")
-        }
+        11..=14 => format!("aio_write -P {pattern} {offset} {length}"),
         15 | 16 => "aio_flush".into(),
         17 => format!("writev -P {pattern} {offset} {length} 512"),
         18..=27 => format!("read -P {pattern} {offset} {length}"),
@@ -84,6 +81,32 @@ fn batch(mut next: impl FnMut() -> String, count: u64) -> Vec<String> {
     commands
 }
 
+/// Requests that are under way together in the same few clusters, and do not overlap: each order in
+/// which they are done gives the same.
+fn burst(random: &mut Random, size: u64, cluster: u64) -> Vec<String> {
+    let unit = (cluster / 16).max(512);
+    let room = size.saturating_sub(3 * cluster).max(unit);
+    let place = random.below(room / unit) * unit;
+    let mut commands = Vec::new();
+    let mut taken: Vec<(u64, u64)> = Vec::new();
+    for _ in 0..2 + random.below(14) {
+        let start = place + random.below(2 * cluster / unit) * unit;
+        let end = start + (1 + random.below(4) * random.below(5)) * unit;
+        if end > size || taken.iter().any(|other| start < other.1 && other.0 < end) {
+            continue;
+        }
+        taken.push((start, end));
+        let what = match random.below(8) {
+            0 => "-z".into(),
+            1 => "-z -u".into(),
+            pattern => format!("-P {pattern}"),
+        };
+        commands.push(format!("aio_write {what} {start} {}", end - start));
+    }
+    commands.push("aio_flush".into());
+    commands
+}
+
 fn exercise(folder: &Path, options: &str, seed: u64, batches: u64) {
     const COUNT: u64 = 100;
     let mut random = Random(seed);
@@ -103,7 +126,12 @@ fn exercise(folder: &Path, options: &str, seed: u64, batches: u64) {
     let mut snapshots = 0;
     for number in 0..batches {
         let subclusters = options.contains("extended_l2=on");
-        let commands = batch(|| command(&mut random, size, cluster, subclusters), COUNT);
+        let mut commands = Vec::new();
+        for _ in 0..4 {
+            let next = || command(&mut random, size, cluster, subclusters);
+            commands.extend(batch(next, COUNT / 4));
+            commands.extend(burst(&mut random, size, cluster));
+        }
         let mut said = Vec::new();
         for (program, first, image) in [
             ("qemu-io", &["-f", "qcow2"][..], "theirs"),

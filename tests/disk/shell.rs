@@ -170,6 +170,21 @@ fn commands_in_a_row_print_and_do_what_those_of_qemu_io_do() {
         &["aio_write -P 1 -z 0 64k"],
         &["aio_write -u 0 64k"],
         &["aio_write 20M 512", "aio_flush"],
+        // What is not whole sectors, after what is.
+        &[
+            "aio_write -P 5 1k 1k",
+            "aio_flush",
+            "aio_write -P 6 1500 700",
+            "aio_flush",
+        ],
+        &["aio_write -z 100 70000", "aio_flush", "read -P 0 100 70000"],
+        &[
+            "aio_read -P 1 5 1000",
+            "aio_flush",
+            "aio_read -v 102395 20",
+            "aio_flush",
+        ],
+        &["aio_write 0 0", "aio_flush", "aio_read 512 0", "aio_flush"],
         &["close", "read 0 1"],
         &["truncate 3M", "length", "read -P 0 2M 1M"],
         &["reopen -r", "read 0 512", "reopen -w", "write 0 512"],
@@ -178,6 +193,28 @@ fn commands_in_a_row_print_and_do_what_those_of_qemu_io_do() {
     ] {
         same(folder, "raw", "image", commands);
     }
+}
+
+#[test]
+fn any_number_of_requests_may_be_under_way() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    img(folder, "create -q -f qcow2 -o cluster_size=4k image 1M").good();
+    let place = |number: u64| number * 4096 + 1024;
+    let commands: Vec<String> = (0..256)
+        .rev()
+        .map(|number| format!("aio_write -P {} {} 2k", number % 200 + 1, place(number)))
+        .collect();
+    let commands: Vec<&str> = commands.iter().map(String::as_str).collect();
+    // The image is closed with some of them under way.
+    let said = io(folder, true, "qcow2", "image", &commands).good();
+    assert_eq!(said.matches("wrote 2048/2048").count(), 256);
+    let commands: Vec<String> = (0..256)
+        .map(|number| format!("read -P {} {} 2k", number % 200 + 1, place(number)))
+        .collect();
+    let commands: Vec<&str> = commands.iter().map(String::as_str).collect();
+    io(folder, false, "qcow2", "image", &commands).good();
+    img(folder, "check -q -f qcow2 image").good();
 }
 
 #[test]

@@ -32,14 +32,16 @@ fn the_options_of_qemu_io_mean_what_they_mean_there() {
         &["-t", "none", "-t", "writeback", "-f", "qcow2", "-f", "raw"],
         &["--read-only", "-f", "raw"],
         &["--image-opts"],
+        &["-f", "raw", "--cmd=length"],
         &["-t", "foo", "-f", "raw"],
         &["-i", "foo", "-f", "raw"],
         &["-d", "foo", "-f", "raw"],
     ] {
         let mut line = line.to_vec();
-        let image = match line.contains(&"--image-opts") {
-            true => "driver=raw,file.filename=image",
-            false => "image",
+        let image = match line.last() {
+            Some(&"--image-opts") => "driver=raw,file.filename=image",
+            Some(&"--cmd=length") => "missing",
+            _ => "image",
         };
         for command in ["write -P 3 1k 1k", "flush", "discard 0 64k", "read 1M 64k"] {
             line.extend(["--cmd", command]);

@@ -84,10 +84,15 @@ impl Blocking {
         Ok(())
     }
 
-    /// Begins a request whose range is whole sectors; its completion is among those that
+    /// Whether there are as many requests under way as there may be.
+    pub fn is_full(&self) -> bool {
+        self.queue.held() + 1 >= usize::from(DEPTH)
+    }
+
+    /// Begins a request whose range is whole [units](Blocking::unit); its completion is among those that
     /// [`Blocking::completed`] gives. Fails with EBUSY when there are too many.
     pub fn push(&mut self, request: Request) -> io::Result<()> {
-        if self.queue.held() + 1 >= usize::from(DEPTH) {
+        if self.is_full() {
             return Err(Errno::BUSY.into());
         }
         self.queue.push(request);
@@ -145,8 +150,8 @@ impl Blocking {
         }
     }
 
-    /// The unit in which requests must be.
-    fn unit(&self) -> u64 {
+    /// The unit in which requests that are pushed must be.
+    pub fn unit(&self) -> u64 {
         u64::from(self.image.geometry().logical_block).max(SECTOR)
     }
 

@@ -24,29 +24,30 @@ pub struct Pending {
 struct Waiting {
     verb: &'static str,
     range: Range,
-    memory: Option<Arc<AlignedBuffer>>,
     /// What is expected to be read.
     pattern: Option<u8>,
     quiet: bool,
     dump: bool,
     machine: bool,
     begin: Instant,
+    memory: Option<Arc<AlignedBuffer>>,
 }
 
 impl Session {
     /// `aio_read`.
-    pub fn aio_read(&mut self, given: &Options<'_>) -> Result<(), Failure> {
+    pub fn aio_read(&mut self, given: &Options<'_>, out: &mut dyn Write) -> Result<(), Failure> {
         let pattern = given
             .get('P')
             .map(pattern)
             .transpose()
             .map_err(Failure::Said)?;
         let range = Range::read(&given.rest)?;
-        self.begin(given, range, Operation::Read, pattern, None)
+        let waiting = Waiting::new("read", given, range, pattern);
+        self.begin(waiting, Operation::Read, 0, out)
     }
 
     /// `aio_write`.
-    pub fn aio_write(&mut self, given: &Options<'_>) -> Result<(), Failure> {
+    pub fn aio_write(&mut self, given: &Options<'_>, out: &mut dyn Write) -> Result<(), Failure> {
         let say = |text: &str| Err(Failure::Said(format!("{text}\n")));
         let fill = given
             .get('P')
@@ -64,67 +65,52 @@ impl Session {
         let choices = &self.image()?.choices;
         let durable = given.has('f') || choices.writethrough;
         let unmap = given.has('u') && choices.unmap;
-        match given.has('z') {
-            true => self.begin(
-                given,
-                range,
-                Operation::WriteZeroes { unmap, durable },
-                None,
-                None,
-            ),
-            false => {
-                let fill = Some(fill.unwrap_or(FILL));
-                self.begin(given, range, Operation::Write { durable }, None, fill)
-            }
-        }
+        let operation = match given.has('z') {
+            true => Operation::WriteZeroes { unmap, durable },
+            false => Operation::Write { durable },
+        };
+        let waiting = Waiting::new("wrote", given, range, None);
+        self.begin(waiting, operation, fill.unwrap_or(FILL), out)
     }
 
     fn begin(
         &mut self,
-        given: &Options<'_>,
-        range: Range,
+        mut waiting: Waiting,
         operation: Operation,
-        pattern: Option<u8>,
-        fill: Option<u8>,
+        fill: u8,
+        out: &mut dyn Write,
     ) -> Result<(), Failure> {
-        let verb = if operation == Operation::Read {
-            "read"
-        } else {
-            "wrote"
-        };
-        let size = self.image()?.disk.size_bytes();
-        let whole = (range.offset | range.length).is_multiple_of(512);
-        if range.offset.saturating_add(range.length) > size {
-            let failed = if verb == "read" { "readv" } else { "aio_write" };
+        let disk = &self.image()?.disk;
+        let (offset, length) = (waiting.range.offset, waiting.range.length);
+        if offset.saturating_add(length) > disk.size_bytes() {
+            let failed = waiting.failed();
             return Err(Failure::Later(format!(
                 "{failed} failed: Input/output error\n"
             )));
         }
-        if !whole || range.length == 0 {
-            let reason = "asynchronous requests must be whole sectors of 512 bytes";
-            return Err(Failure::Error(format!("qemu-io: {reason}")));
+        if length == 0 || !(offset | length).is_multiple_of(disk.unit()) {
+            return self.at_once(&waiting, operation, fill, out);
+        }
+        while self.image()?.disk.is_full() {
+            self.reap_some(out, true)?;
         }
         let mut buffers = Buffers::default();
-        let memory = match operation {
-            Operation::Read | Operation::Write { .. } => {
-                let len = range.length as usize;
-                let mut memory = AlignedBuffer::zeroed(len, 4096)?;
-                if let Some(fill) = fill {
-                    memory.bytes_mut().fill(fill);
-                }
-                let memory = Arc::new(memory);
-                let pushed = buffers.push_own(&memory, 0, len);
-                pushed.map_err(std::io::Error::other)?;
-                Some(memory)
+        if matches!(operation, Operation::Read | Operation::Write { .. }) {
+            let len = length as usize;
+            let mut memory = AlignedBuffer::zeroed(len, 4096)?;
+            if operation != Operation::Read {
+                memory.bytes_mut().fill(fill);
             }
-            _ => None,
-        };
+            let memory = Arc::new(memory);
+            let pushed = buffers.push_own(&memory, 0, len);
+            pushed.map_err(std::io::Error::other)?;
+            waiting.memory = Some(memory);
+        }
         while self.pending.requests.contains_key(&self.pending.next) {
             self.pending.next = (self.pending.next + 1) % 1024;
         }
         let tag = self.pending.next;
         self.pending.next = (tag + 1) % 1024;
-        let (offset, length) = (range.offset, range.length);
         let request = Request {
             tag,
             operation,
@@ -132,38 +118,63 @@ impl Session {
             length,
             buffers,
         };
-        let begin = Instant::now();
         let pushed = self.image()?.disk.push(request);
         pushed.map_err(|error| Failure::Error(format!("qemu-io: {}", report::error(&error))))?;
-        let waiting = Waiting {
-            verb,
-            range,
-            memory,
-            pattern,
-            quiet: given.has('q'),
-            dump: given.has('v'),
-            machine: given.has('C'),
-            begin,
-        };
         self.pending.requests.insert(tag, waiting);
+        Ok(())
+    }
+
+    /// What is not whole sectors: they are read, changed and written back, which others that are
+    /// under way must not come into.
+    fn at_once(
+        &mut self,
+        waiting: &Waiting,
+        operation: Operation,
+        fill: u8,
+        out: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        self.reap(out, true)?;
+        let disk = &mut self.image()?.disk;
+        let (offset, length) = (waiting.range.offset, waiting.range.length);
+        let none = |()| Vec::new();
+        let result = match operation {
+            Operation::Read => disk
+                .read(offset, length as usize)
+                .map(|bytes| bytes.get().to_vec()),
+            Operation::Write { durable } => disk
+                .write(offset, &vec![fill; length as usize], durable)
+                .map(none),
+            Operation::WriteZeroes { unmap, durable } => {
+                disk.write_zeroes(offset, length, unmap, durable).map(none)
+            }
+            Operation::Flush | Operation::Discard => Ok(Vec::new()),
+        };
+        waiting.tell(result.as_deref(), out)?;
         Ok(())
     }
 
     /// Tells what has been completed; with `all`, waits for all of it.
     pub fn reap(&mut self, out: &mut dyn Write, all: bool) -> std::io::Result<()> {
-        while let Some(open) = &mut self.open
-            && !self.pending.requests.is_empty()
-        {
-            let completed = open.disk.completed(all)?;
-            let none = completed.is_empty();
-            for completion in completed {
-                self.pending.tell(completion, out)?;
-            }
-            if none || !all {
-                break;
+        loop {
+            let any = !self.pending.requests.is_empty() && self.reap_some(out, all)?;
+            if !any || !all {
+                return Ok(());
             }
         }
-        Ok(())
+    }
+
+    /// Tells what has been completed, after waiting for something if need be; whether there was
+    /// anything.
+    fn reap_some(&mut self, out: &mut dyn Write, wait: bool) -> std::io::Result<bool> {
+        let Some(open) = &mut self.open else {
+            return Ok(false);
+        };
+        let completed = open.disk.completed(wait)?;
+        let any = !completed.is_empty();
+        for completion in completed {
+            self.pending.tell(completion, out)?;
+        }
+        Ok(any)
     }
 }
 
@@ -172,39 +183,67 @@ impl Pending {
         let Some(waiting) = self.requests.remove(&completion.tag) else {
             return Ok(());
         };
-        let offset = waiting.range.offset;
         // The buffers' pointers into the memory go before anybody looks at it.
         drop(completion.buffers);
-        if let Err(error) = completion.result {
-            let failed = if waiting.verb == "read" {
-                "readv"
-            } else {
-                "aio_write"
-            };
-            return writeln!(out, "{failed} failed: {}", report::error(&error));
-        }
         let bytes = waiting
             .memory
             .as_ref()
             .map_or(&[][..], |memory| memory.bytes());
-        if let Some(byte) = waiting.pattern
+        waiting.tell(completion.result.as_ref().map(|()| bytes), out)
+    }
+}
+
+impl Waiting {
+    fn new(verb: &'static str, given: &Options<'_>, range: Range, pattern: Option<u8>) -> Self {
+        Self {
+            verb,
+            range,
+            pattern,
+            quiet: given.has('q'),
+            dump: given.has('v'),
+            machine: given.has('C'),
+            begin: Instant::now(),
+            memory: None,
+        }
+    }
+
+    /// What failed, if it did.
+    fn failed(&self) -> &'static str {
+        match self.verb {
+            "read" => "readv",
+            _ => "aio_write",
+        }
+    }
+
+    /// Tells how it went: with what was read, if it was a read.
+    fn tell(
+        &self,
+        result: Result<&[u8], &std::io::Error>,
+        out: &mut dyn Write,
+    ) -> std::io::Result<()> {
+        let (offset, length) = (self.range.offset, self.range.length);
+        let bytes = match result {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                return writeln!(out, "{} failed: {}", self.failed(), report::error(error));
+            }
+        };
+        if let Some(byte) = self.pattern
             && bytes.iter().any(|other| *other != byte)
         {
-            let length = waiting.range.length;
             writeln!(
                 out,
                 "Pattern verification failed at offset {offset}, {length} bytes"
             )?;
         }
-        if waiting.quiet {
+        if self.quiet {
             return Ok(());
         }
-        if waiting.dump {
+        if self.dump {
             write!(out, "{}", dump(offset, bytes))?;
         }
-        let time = waiting.begin.elapsed();
-        let length = waiting.range.length;
-        let text = report::report(waiting.verb, offset, length, time, waiting.machine);
+        let time = self.begin.elapsed();
+        let text = report::report(self.verb, offset, length, time, self.machine);
         write!(out, "{text}")
     }
 }

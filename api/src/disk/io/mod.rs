@@ -159,8 +159,8 @@ impl Shell<'_> {
         match command.name {
             "read" | "readv" => session.read(options, command.name == "readv", out)?,
             "write" | "writev" => session.write(options, command.name == "writev", out)?,
-            "aio_read" => session.aio_read(options)?,
-            "aio_write" => session.aio_write(options)?,
+            "aio_read" => session.aio_read(options, out)?,
+            "aio_write" => session.aio_write(options, out)?,
             "aio_flush" => session.reap(out, true)?,
             "flush" => session.flush()?,
             "discard" => session.discard(options, out)?,

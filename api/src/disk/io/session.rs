@@ -38,8 +38,13 @@ pub struct Open {
 impl Open {
     fn new(choices: Choices) -> Result<Self, Wrong> {
         let (format, options) = choices.complete()?;
+        let path = options.path.display();
+        if let Err(error) = std::fs::metadata(&options.path) {
+            let reason = report::error(&error);
+            let message = format!("can't open device {path}: Could not open '{path}': {reason}");
+            return Err(Wrong(message));
+        }
         let disk = Blocking::open(format, &options).map_err(|error| {
-            let path = options.path.display();
             let reason = match error {
                 // Which option is to blame has been said.
                 BuildError::Invalid(wrong) if wrong.field == "path" => wrong.reason,
