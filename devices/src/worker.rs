@@ -83,6 +83,10 @@ pub trait Handler: Send + 'static {
     fn ready(&mut self, source: Source) -> Result<(), WorkerError>;
     /// Finishes what is in flight. Afterwards nothing of the handler touches guest memory.
     fn quiesce(&mut self) -> Result<(), WorkerError>;
+    /// The same while it has no queues: finishes what it does for others than its driver.
+    fn quiesce_idle(&mut self) -> Result<(), WorkerError> {
+        Ok(())
+    }
     /// Goes on after [`Handler::quiesce`]; serves what has come meanwhile.
     fn resume(&mut self) -> Result<(), WorkerError>;
     /// Begins what the device's owner has left for it, where that is not the guest's work.
@@ -125,6 +129,9 @@ impl Orders {
         sent
     }
 }
+
+/// Orders that are carried out before others than who gives orders are listened to.
+const ORDERS_AT_ONCE: usize = 16;
 
 const WAKE: u64 = u64::MAX;
 const QUEUE: u64 = 1 << 32;
@@ -284,7 +291,7 @@ impl<H: Handler> Loop<H> {
     }
 
     fn take_orders(&mut self) -> Flow {
-        loop {
+        for _ in 0..ORDERS_AT_ONCE {
             match self.inbox.try_recv() {
                 Ok(order) => {
                     if let Flow::End = self.obey(order) {
@@ -295,6 +302,9 @@ impl<H: Handler> Loop<H> {
                 Err(TryRecvError::Disconnected) => return Flow::End,
             }
         }
+        // Fails only when the counter is full, and then it wakes anyway.
+        let _ = self.wake.write(1);
+        Flow::Go
     }
 
     fn obey(&mut self, order: Order) -> Flow {
@@ -306,9 +316,10 @@ impl<H: Handler> Loop<H> {
                 Flow::Go
             }
             Order::Pause(done) => {
-                if self.running.is_some() {
-                    self.attempt(Handler::quiesce);
-                }
+                match self.running.is_some() {
+                    true => self.attempt(Handler::quiesce),
+                    false => self.attempt(Handler::quiesce_idle),
+                };
                 done();
                 self.paused()
             }

@@ -2,7 +2,7 @@
 //! goes on with the image below its own.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -38,21 +38,51 @@ struct UnderFio {
 
 impl UnderFio {
     fn boot(format: &str, queues: u32) -> Self {
+        Self::boot_with(format, queues, false)
+    }
+
+    /// The disk is raw at first, and snapshotted while fio writes.
+    fn boot_and_snapshot(queues: u32) -> Self {
+        let mut disk = Self::boot_with("raw", queues, true);
+        let overlay = disk.folder.join("thin");
+        disk.snapshot(&overlay);
+        disk
+    }
+
+    /// Has the disk move on, while fio writes.
+    fn snapshot(&mut self, overlay: &Path) {
+        let body = json!({"disks": [{"id": "disk", "path": overlay}]});
+        self.vm.api.put_json("vm.snapshot-disk", &body);
+        let writes = self.vm.counter("disk", "write_ops");
+        eventually("fio goes on", || {
+            (self.vm.counter("disk", "write_ops") > writes + 100).then_some(())
+        });
+    }
+
+    fn boot_with(format: &str, queues: u32, on_the_base: bool) -> Self {
         let base = format!("base.{format}");
         let mut vm = Vm::boot(|config, folder| {
             filled_image(folder, "first.raw", 64 * MIB);
             let convert = ["convert", "-f", "raw", "-O", format, "first.raw", &base];
             run("qemu-img", &convert, folder);
-            let create = [
-                "disk", "create", "-q", "-f", "qcow2", "-b", &base, "-F", format, "thin", "96M",
-            ];
-            run(binary(), &create, folder);
+            let disk = if on_the_base {
+                // As large as the disk is to be.
+                let file = fs::File::options().write(true).open(folder.join(&base));
+                file.unwrap().set_len(96 * MIB).unwrap();
+                json!({"id": "disk", "path": folder.join(&base), "num_queues": queues})
+            } else {
+                let create = [
+                    "disk", "create", "-q", "-f", "qcow2", "-b", &base, "-F", format, "thin", "96M",
+                ];
+                run(binary(), &create, folder);
+                json!({
+                    "id": "disk", "path": folder.join("thin"), "image_type": "Qcow2",
+                    "backing_files": true, "num_queues": queues,
+                })
+            };
             set_vcpus(config, queues);
             with_fio(config);
-            config["disks"] = json!([{
-                "id": "disk", "path": folder.join("thin"), "image_type": "Qcow2",
-                "backing_files": true, "num_queues": queues,
-            }]);
+            config["disks"] = json!([disk]);
         });
         let folder = vm.ballast.dir().to_owned();
         let sums_of_base =
@@ -199,4 +229,20 @@ fn a_disk_goes_on_with_its_raw_base_while_fio_verifies_it() {
 #[test]
 fn a_disk_with_four_queues_goes_on_with_its_qcow2_base_while_fio_verifies_it() {
     commit_under_fio("qcow2", 4);
+}
+
+#[test]
+fn a_raw_disk_with_four_queues_moves_on_and_back_and_on_again_while_fio_verifies_it() {
+    let mut disk = UnderFio::boot_and_snapshot(4);
+    let base = disk.folder.join(&disk.base);
+    disk.job("vm.commit-disk", |vm| {
+        let config = vm.api.get("vm.info")["config"]["disks"][0].clone();
+        assert_eq!(config["path"], json!(base), "{config}");
+    });
+    let again = disk.folder.join("again");
+    disk.snapshot(&again);
+    let content = disk.end();
+    check(&disk.folder, "thin");
+    check(&disk.folder, "again");
+    disk.compare("again", "qcow2", &content);
 }

@@ -11,6 +11,7 @@ use super::{before, when_free};
 use crate::support::artifacts::empty_image;
 use crate::support::ballast::{Ballast, Launch, binary};
 use crate::support::http::Client;
+use crate::support::procfs;
 
 const MIB: u64 = 1 << 20;
 
@@ -93,6 +94,86 @@ fn disks_move_on_and_the_configuration_and_the_next_boot_follow() {
     client.put("vm.delete");
     for image in [&a, &b, &second] {
         check(image);
+    }
+}
+
+/// The names of the threads that serve a disk's queues.
+fn queue_threads(ballast: &Ballast, id: &str) -> Vec<String> {
+    let modes = procfs::seccomp_modes(ballast.pid());
+    assert!(modes.iter().all(|(_, mode)| *mode == 2), "{modes:?}");
+    let names = modes.into_iter().map(|(name, _)| name);
+    let mut names: Vec<_> = names
+        .filter(|name| name.starts_with(&format!("{id}_q")) && !name.ends_with("_io"))
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_raw_disk_with_several_queues_moves_on_and_back_and_the_next_boot_follows() {
+    for without_io_uring in [false, true] {
+        let mut ballast = Ballast::start();
+        let (mut client, events) = (ballast.api(), ballast.events());
+        let folder = ballast.dir().to_owned();
+        let at = |name: &str| folder.join(name);
+        let disk = |id: &str, queues: u32| {
+            let path = empty_image(ballast.dir(), id, 8 * MIB);
+            json!({"id": id, "path": path, "num_queues": queues,
+                "disable_io_uring": without_io_uring})
+        };
+        let mut config = ballast.sleeper();
+        config["cpus"] = json!({"boot_vcpus": 4, "max_vcpus": 4});
+        config["disks"] = json!([disk("a", 4), disk("b", 2), disk("c", 1)]);
+        client.put_json("vm.create", &config);
+        client.put("vm.boot");
+        let four = ["a_q0", "a_q1", "a_q2", "a_q3"];
+        assert_eq!(queue_threads(&ballast, "a"), four);
+
+        let [a, b, c] = ["a1", "b1", "c1"].map(at);
+        let all = [("a", &*a), ("b", &*b), ("c", &*c)];
+        // The last can't be had: nobody moves.
+        fs::write(&c, "mine").unwrap();
+        let answer = client.try_put_json("vm.snapshot-disk", &move_on(&all));
+        assert_eq!(answer.status, 400, "{}", answer.text());
+        assert!(!a.exists() && !b.exists());
+        fs::remove_file(&c).unwrap();
+        client.put_json("vm.snapshot-disk", &move_on(&all));
+        assert_eq!(queue_threads(&ballast, "a"), four);
+
+        let path = |client: &mut Client| client.get("vm.disk-info?id=a")["path"].clone();
+        assert_eq!(path(&mut client), json!(a));
+        client.put("vm.pause");
+        client.put_json("vm.snapshot-disk", &move_on(&[("a", &at("a2"))]));
+        client.put("vm.resume");
+        client.put_json(
+            "vm.resize-disk",
+            &json!({"id": "a", "desired_size": 12 * MIB}),
+        );
+        for below in [&a, &at("a")] {
+            let mark = events.mark();
+            client.put_json("vm.commit-disk", &json!({"id": "a"}));
+            events.wait_for_device(mark, "job-completed", "a");
+            assert_eq!(path(&mut client), json!(below));
+        }
+        let config = client.get("vm.info")["config"]["disks"][0].clone();
+        assert_eq!(config["image_type"], json!("Raw"));
+        assert_eq!(queue_threads(&ballast, "a"), four);
+        client.put_json("vm.snapshot-disk", &move_on(&[("a", &at("a3"))]));
+        let mark = events.mark();
+        client.put_json("vm.stream-disk", &json!({"id": "a"}));
+        events.wait_for_device(mark, "job-completed", "a");
+        let info = client.get("vm.disk-info?id=a");
+        assert_eq!(info["backing_chain"], json!([]), "{info}");
+        assert_eq!(info["virtual_size"], json!(12 * MIB));
+
+        client.put("vm.reboot");
+        assert_eq!(path(&mut client), json!(at("a3")));
+        assert_eq!(queue_threads(&ballast, "a"), ["a_q0"]);
+        ballast.assert_well();
+        client.put("vm.delete");
+        for image in [&a, &b, &c, &at("a2"), &at("a3")] {
+            check(image);
+        }
     }
 }
 

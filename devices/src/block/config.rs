@@ -16,7 +16,7 @@ const L2_CACHE_SIZES: RangeInclusive<u64> = 1 << 20..=1 << 30;
 
 /// Descriptors of all the queues that one thread may serve: what an engine is made to hold, well
 /// within the entries of an io_uring (32768).
-const MAX_DESCRIPTORS: u32 = 16384;
+pub(super) const MAX_DESCRIPTORS: u32 = 16384;
 
 /// A virtio block device and the image behind it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -184,6 +184,11 @@ impl DiskConfig {
         self.image_type == ImageType::Qcow2 && !self.readonly
     }
 
+    /// Those of all queues.
+    pub(super) fn descriptors(&self) -> u32 {
+        u32::from(self.num_queues) * u32::from(self.queue_size)
+    }
+
     /// How many queues a thread serves: one, or all.
     pub(super) fn queues_per_thread(&self) -> u16 {
         match self.has_owner() {
@@ -207,7 +212,7 @@ impl DiskConfig {
             ));
         }
         let qcow2 = self.image_type == ImageType::Qcow2;
-        let descriptors = u32::from(self.num_queues) * u32::from(self.queue_size);
+        let descriptors = self.descriptors();
         if self.has_owner() && descriptors > MAX_DESCRIPTORS {
             let reason = format!(
                 "the queues of a Qcow2 image that is written to have {MAX_DESCRIPTORS} descriptors \

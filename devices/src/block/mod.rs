@@ -3,7 +3,9 @@
 //! One sandboxed thread per queue (`worker`), each with a queue of its own into the disk engine
 //! ([`crate::disk`]); nothing is shared between them but a few atomics and, where one is
 //! configured, the rate limiter. A qcow2 image that is written to has one owner of its metadata, and
-//! so one thread for all queues.
+//! so one thread for all queues; where a disk with several comes to such an image while it is in
+//! use, the first one has the engine and the others pass on to it what they have
+//! ([`crate::disk::relay`]), until the VM is booted again.
 
 mod config;
 mod counters;
@@ -63,8 +65,6 @@ pub struct Block {
     /// Rung to have a queue try again what it holds for lack of space.
     retries: Vec<Arc<EventFd>>,
     hold: Arc<Hold>,
-    /// What another engine of the first queue may have.
-    threads: Threads,
     opened: Mutex<Opened>,
     id: String,
     seccomp: SeccompMode,
@@ -76,6 +76,13 @@ pub struct Block {
 struct Opened {
     config: DiskConfig,
     image: Arc<dyn Image>,
+}
+
+impl Drop for Block {
+    /// The first thread may have the engine of all, so it ends last.
+    fn drop(&mut self) {
+        while self.workers.pop().is_some() {}
+    }
 }
 
 impl Block {
@@ -98,6 +105,7 @@ impl Block {
             .and_then(|limits| RateLimiter::new(limits, Duration::ZERO))
             .map(|limiter| Arc::new(Mutex::new(limiter)));
         let common = Common {
+            flush_lost: Arc::default(),
             shared: shared.clone(),
             limiter,
             epoch: Instant::now(),
@@ -133,7 +141,6 @@ impl Block {
             workers,
             retries,
             hold,
-            threads: threads(&context, 0, config),
             opened: Mutex::new(Opened {
                 config: config.clone(),
                 image: image.into(),
@@ -174,11 +181,10 @@ impl Block {
         self.opened().image.size_bytes()
     }
 
-    /// How many requests the engine of a thread holds: those of all queues that it serves.
-    fn engine_depth(&self) -> u16 {
-        let queues = self.queue_sizes.len() / self.workers.len().max(1);
-        let size = self.queue_sizes.first().copied().unwrap_or(0);
-        size.saturating_mul(queues as u16)
+    /// How many requests all queues hold.
+    fn depth_of_all(&self) -> u16 {
+        let all = self.queue_sizes.iter();
+        all.fold(0, |sum, size| sum.saturating_add(*size))
     }
 
     fn opened(&self) -> MutexGuard<'_, Opened> {
@@ -208,7 +214,7 @@ impl Block {
             return refuse(format!("must be a multiple of {block}"));
         }
         if size_bytes > is {
-            // The only thread, where the image has metadata that has an owner.
+            // The thread that has the engine, where the image's metadata has an owner.
             let attend = || {
                 self.workers
                     .iter()
@@ -278,17 +284,22 @@ impl DiskConfig {
 }
 
 /// The kinds of thread there are, with the lists of their filters: a queue of each engine, one
-/// whose engine can be exchanged for that of an overlay, and a job.
+/// whose engine can be exchanged for that of an overlay, one beside that, and a job.
 pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
     let own = disk::QUEUES
         .iter()
-        .map(|(kind, list)| (*kind, lists(list, false)));
+        .map(|(kind, list)| (*kind, lists(list, Exchanged::Never)));
     let exchanged = [
         ("raw-io-uring-or-overlay", raw::URING_SYSCALLS),
         ("raw-sync-or-overlay", raw::SYNC_SYSCALLS),
         ("qcow2-or-overlay", qcow2::WRITE_SYSCALLS[0]),
     ];
-    let exchanged = exchanged.map(|(kind, list)| (kind, lists(list, true)));
+    let exchanged = exchanged.map(|(kind, list)| (kind, lists(list, Exchanged::Overlay)));
+    let beside = [
+        ("raw-io-uring-beside-owner", raw::URING_SYSCALLS),
+        ("raw-sync-beside-owner", raw::SYNC_SYSCALLS),
+    ];
+    let beside = beside.map(|(kind, list)| (kind, lists(list, Exchanged::BesideOwner)));
     let job = [("disk-job", job::SYSCALLS.to_vec())];
     // One that commits has an engine of its own.
     let commits = [
@@ -301,16 +312,29 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
         let lists = [job::SYSCALLS, &[list, job::GROW_SYSCALLS]].concat();
         (kind, lists)
     });
-    own.chain(exchanged).chain(job).chain(commits).collect()
+    let kinds = own.chain(exchanged).chain(beside);
+    kinds.chain(job).chain(commits).collect()
 }
 
-/// The lists of the filter of a queue's thread, whose engine has the list `engine`; with `overlay`
-/// it may be exchanged for that of an overlay, and that of an overlay for that of a raw image.
-fn lists(engine: &'static [Allow], overlay: bool) -> Vec<&'static [Allow]> {
+/// What may take the place of the engine that a queue's thread begins with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Exchanged {
+    /// Nothing.
+    Never,
+    /// Way to the engine of an overlay, which another thread of the disk has, and back.
+    BesideOwner,
+    /// The engine of an overlay, and that of a raw image again.
+    Overlay,
+}
+
+/// The lists of the filter of a queue's thread, whose engine has the list `engine`.
+fn lists(engine: &'static [Allow], exchanged: Exchanged) -> Vec<&'static [Allow]> {
     let mut lists = vec![COMMON, WORKER, engine, timer::SYSCALLS, space::SYSCALLS];
-    if overlay {
-        lists.extend(qcow2::WRITE_SYSCALLS);
+    if exchanged != Exchanged::Never {
         lists.extend([raw::URING_SYSCALLS, raw::SYNC_SYSCALLS]);
+    }
+    if exchanged == Exchanged::Overlay {
+        lists.extend(qcow2::WRITE_SYSCALLS);
     }
     lists
 }
@@ -323,8 +347,10 @@ fn spawn(
     context: &BuildContext,
     config: &DiskConfig,
 ) -> Result<Worker, BuildError> {
-    let name = thread_name(context.reporter.id(), served.first, "");
-    let threads = threads(context, served.first, config);
+    let id = context.reporter.id();
+    let name = thread_name(id, served.first, "");
+    let engines = config.num_queues.div_ceil(config.queues_per_thread());
+    let threads = threads(id, context.seccomp, served.first, engines);
     let engine = image
         .open_queue_with(
             common
@@ -333,7 +359,12 @@ fn spawn(
             Some(&threads),
         )
         .map_err(|e| BuildError::host(format!("opening a disk queue for {name}"), e))?;
-    let lists = lists(engine.syscalls(), snapshot::is_possible(config));
+    let exchanged = match (snapshot::is_possible(config), served.first) {
+        (false, _) => Exchanged::Never,
+        (true, 0) => Exchanged::Overlay,
+        (true, _) => Exchanged::BesideOwner,
+    };
+    let lists = lists(engine.syscalls(), exchanged);
     let filter = Filter::compile(&name, context.seccomp, &lists)
         .map_err(|e| BuildError::host("compiling a filter", std::io::Error::other(e)))?;
     let (first, counters) = (served.first, served.counters);
@@ -343,11 +374,10 @@ fn spawn(
         .map_err(|e| BuildError::host(format!("starting the thread {name}"), e))
 }
 
-/// The threads that the engine of a queue, or of all, may have beside the queue's own.
-fn threads(context: &BuildContext, index: u16, config: &DiskConfig) -> Threads {
-    let name = thread_name(context.reporter.id(), index, "_io");
-    let engines = config.num_queues.div_ceil(config.queues_per_thread());
-    Threads::of_queue(name, context.seccomp, engines)
+/// The threads that an engine of a disk may have beside the queue's own: that of the queue `first`
+/// and maybe more, one of `engines`.
+fn threads(id: &str, seccomp: SeccompMode, first: u16, engines: u16) -> Threads {
+    Threads::of_queue(thread_name(id, first, "_io"), seccomp, engines)
 }
 
 /// `<id>_q<N><role>`; of a long id the beginning is kept, so that the queue can still be told.

@@ -24,16 +24,15 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use utoipa::ToSchema;
 
-use super::frozen::{Answer, FreezeError, Frozen, ask};
+use super::config::MAX_DESCRIPTORS;
+use super::frozen::{Answer, FreezeError, Frozen};
 use super::{Block, DiskConfig, ImageType, LockGranularity, Opened};
 use crate::config::{BuildError, Invalid};
-use crate::disk::exchange::Exchange;
 use crate::disk::new_file::NewFile;
 use crate::disk::qcow2::Qcow2Image;
 use crate::disk::qcow2::create::{NewBacking, begin_overlay};
 use crate::disk::{Format, Image, OpenOptions};
 use crate::sandbox::Allow;
-use crate::worker::Worker;
 use crate::{allow, disk};
 
 /// What it takes beside opening and making images: the first of several names must go again where
@@ -69,10 +68,16 @@ pub enum SnapshotError {
 
 /// Whether a disk of this configuration can move on to an overlay, as far as that is known.
 pub(super) fn is_possible(config: &DiskConfig) -> bool {
-    refusal(config).is_none() && config.queues_per_thread() == config.num_queues
+    refusal(config).is_none()
 }
 
 fn refusal(config: &DiskConfig) -> Option<&'static str> {
+    if config.descriptors() > MAX_DESCRIPTORS {
+        return Some(
+            "the disk's queues (`num_queues` of `queue_size`) have more than 16384 descriptors, \
+             which those of an overlay can't",
+        );
+    }
     if config.readonly {
         return Some("the disk is read-only: nothing would ever be in the overlay");
     }
@@ -96,16 +101,16 @@ pub fn snapshot(disks: &[(&Block, &Path)], go_on: bool) -> Result<(), SnapshotEr
     let mut moves = each(disks, |(block, path)| Move::begin(block, path))?;
 
     // From here on the queues stand still, until this is dropped.
-    let workers = disks.iter().flat_map(|(b, _)| &b.workers).collect();
-    let _frozen = Frozen::freeze(workers, go_on).map_err(|e| match e {
-        FreezeError::Worker(number, error) => SnapshotError::Disk(number, error),
+    let blocks = disks.iter().map(|(block, _)| *block).collect();
+    let _frozen = Frozen::freeze(blocks, go_on).map_err(|e| match e {
+        FreezeError::Disk(number, error) => SnapshotError::Disk(number, error),
         FreezeError::Timeout => SnapshotError::Timeout,
     })?;
     each(&mut moves, Move::open)?;
     let names = each(&mut moves, Move::name)?;
     // Nothing fails any more.
     names.into_iter().for_each(disk::new_file::Named::keep);
-    let commits: Vec<_> = moves.iter().map(Move::commit).collect();
+    let commits: Vec<_> = moves.iter().flat_map(Move::commit).collect();
     for commit in commits {
         // A worker that is gone has closed its engine.
         let _ = commit.recv();
@@ -128,7 +133,6 @@ fn each<T, R>(
 /// One disk on its way.
 struct Move<'a> {
     block: &'a Block,
-    worker: &'a Worker,
     path: PathBuf,
     /// What the disk's configuration will be.
     config: DiskConfig,
@@ -140,16 +144,9 @@ struct Move<'a> {
 impl<'a> Move<'a> {
     fn begin(block: &'a Block, path: &Path) -> Result<Self, BuildError> {
         let Opened { config, image } = &*block.opened();
-        let worker = match (&block.workers[..], refusal(config)) {
-            ([worker], None) => worker,
-            (_, reason) => {
-                let reason = reason.unwrap_or(
-                    "not supported yet: a raw disk with more than one queue (`num_queues`), each \
-                     with a thread of its own; an overlay's are served by one",
-                );
-                return Err(Invalid::new("id", reason).into());
-            }
-        };
+        if let Some(reason) = refusal(config) {
+            return Err(Invalid::new("id", reason).into());
+        }
         let below = std::path::absolute(&config.path)
             .map_err(|e| BuildError::host("finding the working directory", e))?;
         if block.has_job() {
@@ -173,7 +170,6 @@ impl<'a> Move<'a> {
         config.serial.get_or_insert_with(|| image.serial());
         Ok(Self {
             block,
-            worker,
             path: path.into(),
             config,
             file: Some(file),
@@ -181,7 +177,7 @@ impl<'a> Move<'a> {
         })
     }
 
-    /// Opens the overlay, and the image below it, which nobody writes to any more; has the worker
+    /// Opens the overlay, and the image below it, which nobody writes to any more; has the workers
     /// take its engine.
     fn open(&mut self) -> Result<(), BuildError> {
         let Some(file) = &self.file else {
@@ -224,9 +220,9 @@ impl<'a> Move<'a> {
             return Err(Invalid::new("path", "the overlay has not the size of the disk").into());
         }
         let failed = |e| BuildError::host(format!("opening {}", self.path.display()), e);
-        self.block.stage(self.worker, &image).map_err(failed)?;
-        self.image = Some(image);
-        Ok(())
+        // Kept, whatever becomes of it, until nobody has it staged.
+        let image = self.image.insert(image);
+        self.block.stage(image).map_err(failed)
     }
 
     fn name(&mut self) -> Result<disk::new_file::Named, BuildError> {
@@ -236,8 +232,8 @@ impl<'a> Move<'a> {
         }
     }
 
-    fn commit(&self) -> Answer {
-        ask(self.worker, Exchange::Commit)
+    fn commit(&self) -> Vec<Answer> {
+        self.block.commit_staged()
     }
 
     /// The old engine is closed: so can the old image be.

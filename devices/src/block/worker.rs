@@ -23,6 +23,8 @@
 //! ([`crate::disk::qcow2`]), and that thread serves all queues through one engine, without a lock.
 //! Each queue has tags and a share of [`MAX_IN_FLIGHT`] of its own, so that none takes the room of
 //! another; where the limiter makes them wait, they go on in turns.
+//!
+//! Threads of a disk that begins with one for each queue stay, whatever image it comes to.
 
 mod active;
 mod completing;
@@ -31,6 +33,7 @@ mod holding;
 mod taking;
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -72,6 +75,8 @@ pub struct Common {
     pub queue_size: u16,
     /// What lacks space.
     pub hold: Arc<Hold>,
+    /// A flush of ours failed: the driver's next one is to, in whatever queue.
+    pub flush_lost: Arc<AtomicBool>,
     /// What to do with writes of zeroes.
     pub detect_zeroes: DetectZeroes,
 }
@@ -107,8 +112,6 @@ pub struct QueueHandler {
     staged: Option<Box<dyn Queue>>,
     /// The engine failed with requests in flight; their tags must never be used again.
     broken: bool,
-    /// A flush of ours failed: the driver's next one is to.
-    flush_lost: bool,
     spare: Vec<Buffers>,
     completed: Vec<Completion>,
     malformed: u64,
@@ -144,7 +147,6 @@ impl QueueHandler {
             frozen: false,
             staged: None,
             broken: false,
-            flush_lost: false,
             spare: Vec::with_capacity(size),
             completed: Vec::with_capacity(size),
             malformed: 0,
@@ -253,6 +255,14 @@ impl Handler for QueueHandler {
     fn quiesce(&mut self) -> Result<(), WorkerError> {
         self.drain_engine()?;
         self.deliver()
+    }
+
+    /// Other queues of the disk may have what they do done by this thread.
+    fn quiesce_idle(&mut self) -> Result<(), WorkerError> {
+        match self.broken {
+            true => Ok(()),
+            false => self.quiesce(),
+        }
     }
 
     fn exchange(&mut self, step: Exchange, epoll: &Epoll) {

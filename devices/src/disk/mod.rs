@@ -39,6 +39,7 @@ mod open;
 pub mod pool;
 pub mod qcow2;
 pub mod raw;
+pub mod relay;
 pub mod resize;
 mod ring;
 pub mod space;
@@ -71,6 +72,10 @@ pub trait Image: Send + Sync {
     }
     /// The same, with threads to be used where there is no io_uring. Called on the VMM thread.
     fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>>;
+    /// Whether one thread has to own what the image knows of itself: there is one queue only then.
+    fn has_owner(&self) -> bool {
+        false
+    }
     /// The file in which the image grows, to ask how much space it and its file system have.
     fn host_file(&self) -> Arc<File>;
     /// The file at the image's path, and those without which it is nothing, but for backing files.

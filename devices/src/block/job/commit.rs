@@ -19,12 +19,11 @@ use std::time::Duration;
 
 use super::thread::{End, Told, Unfinished, Work};
 use super::{ConcludeError, Job, JobStatus};
-use crate::block::frozen::{Frozen, ask};
+use crate::block::frozen::{Frozen, gone};
 use crate::block::{Block, ImageType, Opened, snapshot};
 use crate::config::{BuildError, Invalid};
 use crate::disk::blocking::Blocking;
 use crate::disk::dirty::Tracking;
-use crate::disk::exchange::Exchange;
 use crate::disk::steps::{PIECE, Reply, Step, Taken};
 use crate::disk::{BackingInfo, Format, Image};
 use crate::worker::{Order, Worker};
@@ -245,8 +244,10 @@ impl Job {
         let Some(old_base) = &self.base else {
             return refuse("the job has no base");
         };
-        let [worker] = &block.workers[..] else {
-            return refuse("not supported yet: a disk with more than one queue");
+        // The one that has the engine.
+        let Some(worker) = block.workers.first() else {
+            let error = BuildError::host("looking for the disk's thread", gone());
+            return Err(not_moved(error));
         };
         // The disk will be known by that name.
         snapshot::is_still_there(&old_base.info.path, old_base.image.as_ref())
@@ -257,14 +258,14 @@ impl Job {
         let image: Box<dyn Image>;
         let mut note = None;
         {
-            let frozen = Frozen::freeze(vec![worker], go_on).map_err(|e| e.of_commit())?;
+            let frozen = Frozen::freeze(vec![block], go_on).map_err(|e| e.of_commit())?;
             self.finish()?;
             image = old_base.image.reopen_base().map_err(not_moved)?;
             if image.size_bytes() != old.size_bytes() {
                 return refuse("the base has another size than the disk");
             }
             let failed = |e| not_moved(BuildError::host("opening the disk's base", e));
-            block.stage(worker, image.as_ref()).map_err(failed)?;
+            block.stage(image.as_ref()).map_err(failed)?;
             match self.empty(worker, old.as_ref()) {
                 Ok(()) => {}
                 Err((false, error)) => {
@@ -285,7 +286,8 @@ impl Job {
             // Nothing fails any more.
             old.hand_over();
             // A worker that is gone has closed its engine.
-            let _ = ask(worker, Exchange::Commit).recv();
+            let commits = block.commit_staged();
+            commits.iter().for_each(|commit| drop(commit.recv()));
             drop(frozen);
         }
         block.hold.set_file(image.host_file());

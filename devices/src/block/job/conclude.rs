@@ -4,10 +4,9 @@ use std::sync::Arc;
 
 use super::{Job, JobKind, JobStatus};
 use crate::block::Block;
-use crate::block::frozen::{FreezeError, Frozen, ask, gone};
+use crate::block::frozen::{FreezeError, Frozen};
 use crate::config::{BuildError, Invalid};
 use crate::disk::Image;
-use crate::disk::exchange::Exchange;
 
 /// Why a job that was ready could not be concluded.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +38,7 @@ impl FreezeError {
     /// At the end of a commit.
     pub(super) fn of_commit(self) -> ConcludeError {
         match self {
-            Self::Worker(_, error) => ConcludeError::NotMoved(error),
+            Self::Disk(_, error) => ConcludeError::NotMoved(error),
             Self::Timeout => ConcludeError::Timeout,
         }
     }
@@ -73,14 +72,11 @@ impl Job {
             return self.move_down(block, go_on);
         }
         let old = block.opened().image.clone();
-        let [worker] = &block.workers[..] else {
-            return Err(BuildError::host("looking for the disk's thread", gone()).into());
-        };
         // Closed only when the queue has let go of it.
         let image: Box<dyn Image>;
         {
-            let frozen = Frozen::freeze(vec![worker], go_on).map_err(|e| match e {
-                FreezeError::Worker(_, error) => ConcludeError::StillOpen(error),
+            let frozen = Frozen::freeze(vec![block], go_on).map_err(|e| match e {
+                FreezeError::Disk(_, error) => ConcludeError::StillOpen(error),
                 FreezeError::Timeout => ConcludeError::Timeout,
             })?;
             image = old.reopen_alone()?;
@@ -88,11 +84,12 @@ impl Job {
                 return refuse("the image has another size than the disk");
             }
             let failed = |e| BuildError::host("opening the disk's image anew", e);
-            block.stage(worker, image.as_ref()).map_err(failed)?;
+            block.stage(image.as_ref()).map_err(failed)?;
             // Nothing fails any more.
             old.hand_over();
             // A worker that is gone has closed its engine.
-            let _ = ask(worker, Exchange::Commit).recv();
+            let commits = block.commit_staged();
+            commits.iter().for_each(|commit| drop(commit.recv()));
             drop(frozen);
         }
         block.opened().image = image.into();

@@ -46,6 +46,7 @@ pub use self::conclude::ConcludeError;
 use self::space::Host;
 pub use self::space::Waiting;
 use self::thread::{Parts, Task, Told, Work};
+use super::frozen::gone;
 use super::{Block, LockGranularity, NAME_BYTES};
 use crate::allow;
 use crate::config::{BuildError, Invalid};
@@ -181,9 +182,6 @@ impl Block {
         if config.readonly {
             return refuse("the disk is read-only: nothing can come into its image");
         }
-        let [worker] = &self.workers[..] else {
-            return refuse("not supported yet: a disk with more than one queue");
-        };
         if config.lock_granularity == LockGranularity::Full {
             return refuse("not supported yet: a disk whose `lock_granularity` is Full");
         }
@@ -209,6 +207,10 @@ impl Block {
             waiting: Mutex::default(),
         });
         let (told, inbox) = channel();
+        // The one that has the engine.
+        let Some(worker) = self.workers.first() else {
+            return Err(BuildError::host("looking for the disk's thread", gone()));
+        };
         let parts = Parts {
             shared: shared.clone(),
             steps,

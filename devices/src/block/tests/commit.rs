@@ -21,7 +21,7 @@ use crate::disk::Format;
 use crate::disk::qcow2::tests::qemu;
 
 /// Begins a commit; who hears of it.
-fn begin(block: &Block, speed: Option<NonZeroU64>) -> (Job, Receiver<()>) {
+pub(super) fn begin(block: &Block, speed: Option<NonZeroU64>) -> (Job, Receiver<()>) {
     let (tell, told) = channel();
     let wake = Box::new(move || {
         let _ = tell.send(());
@@ -41,7 +41,7 @@ fn refused(block: &Block) -> String {
     }
 }
 
-fn ready(job: &Job, told: &Receiver<()>) {
+pub(super) fn ready(job: &Job, told: &Receiver<()>) {
     told.recv_timeout(PATIENCE).unwrap();
     assert_eq!(job.view().status, JobStatus::Ready);
 }

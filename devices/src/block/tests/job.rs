@@ -66,7 +66,7 @@ pub(super) fn speed(bytes: u64) -> Option<NonZeroU64> {
 }
 
 /// Begins to stream; who hears of the end.
-fn begin(block: &Block, speed: Option<NonZeroU64>) -> (Job, Receiver<()>) {
+pub(super) fn begin(block: &Block, speed: Option<NonZeroU64>) -> (Job, Receiver<()>) {
     let (tell, told) = channel();
     let wake = Box::new(move || {
         let _ = tell.send(());

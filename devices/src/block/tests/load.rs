@@ -109,6 +109,7 @@ fn handler_over(engine: Engine) -> QueueHandler {
 
 fn handler_of(queues: usize, engine: Engine, limiter: Option<RateLimiter>) -> QueueHandler {
     let common = Common {
+        flush_lost: Arc::default(),
         shared: Arc::new(Shared::new(&Offer {
             size_bytes: 1 << 40,
             geometry: Geometry {

@@ -16,6 +16,7 @@ mod model;
 mod pool;
 mod qcow2;
 mod queues;
+mod relay;
 mod snapshot;
 mod waiting;
 

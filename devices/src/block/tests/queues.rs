@@ -8,15 +8,15 @@ use serde_json::json;
 
 use super::enospc::Small;
 use super::*;
-use crate::block::counters;
 use crate::block::snapshot::snapshot;
+use crate::block::{ImageType, counters};
 use crate::disk::qcow2::tests::qemu;
 use crate::event::HoldOutcome;
 
-const QUEUES: u16 = 4;
+pub(super) const QUEUES: u16 = 4;
 const BLOCK: usize = 4096;
 /// Requests that a driver has on offer at a time.
-const BATCH: usize = 8;
+pub(super) const BATCH: usize = 8;
 /// Where in its memory a driver has the first of them, and how far apart they are.
 const SLOTS: u64 = BUFFERS;
 const SLOT: u64 = 0x4000;
@@ -26,41 +26,75 @@ fn engines() -> impl Iterator<Item = Setup> {
     setups().filter(|setup| setup.event_idx != setup.sync)
 }
 
-struct Wide {
-    block: Block,
-    drivers: Vec<Driver>,
+pub(super) struct Wide {
+    pub block: Block,
+    pub drivers: Vec<Driver>,
     events: Events,
 }
 
 impl Wide {
-    fn on(path: &Path, setup: Setup) -> Self {
+    pub fn on(path: &Path, setup: Setup) -> Self {
+        Self::of_type(path, ImageType::Qcow2, setup)
+    }
+
+    pub fn of_type(path: &Path, image_type: ImageType, setup: Setup) -> Self {
         let config = json!({
-            "path": path, "image_type": "Qcow2", "backing_files": true, "num_queues": QUEUES,
-            "queue_size": 32, "direct": setup.direct, "disable_io_uring": setup.sync,
+            "path": path, "image_type": image_type, "num_queues": QUEUES, "queue_size": 32,
+            "backing_files": image_type == ImageType::Qcow2, "direct": setup.direct,
+            "disable_io_uring": setup.sync,
         });
         let config: DiskConfig = serde_json::from_value(config).unwrap();
         config.validate().unwrap();
         Self::of(&config, setup)
     }
 
-    fn of(config: &DiskConfig, setup: Setup) -> Self {
+    pub fn of(config: &DiskConfig, setup: Setup) -> Self {
         let (block, events) = build(config).unwrap();
-        assert_eq!(block.workers().len(), 1, "one owner");
+        // An image that has an owner has one thread.
+        let threads = match config.image_type {
+            ImageType::Qcow2 => 1,
+            _ => QUEUES.into(),
+        };
+        assert_eq!(block.workers().len(), threads);
         assert_eq!(block.queue_sizes(), [32; QUEUES as usize]);
         let driver = |index| Driver::new(memory(), index, config.queue_size, setup.event_idx);
-        let mut drivers: Vec<Driver> = (0..QUEUES).map(driver).collect();
-        for index in 0..drivers.len() {
-            assert_eq!(block.worker_of_queue(index), 0);
-        }
-        Driver::activate_all(&mut drivers, &block.workers()[0]);
-        Self {
+        let drivers: Vec<Driver> = (0..QUEUES).map(driver).collect();
+        let mut wide = Self {
             block,
             drivers,
             events,
+        };
+        wide.activate();
+        wide
+    }
+
+    /// DRIVER_OK.
+    pub fn activate(&mut self) {
+        let (drivers, workers) = (&mut self.drivers, self.block.workers());
+        if let [worker] = workers {
+            assert_eq!(self.block.worker_of_queue(3), 0);
+            return Driver::activate_all(drivers, worker);
+        }
+        for (driver, index) in drivers.iter_mut().zip(0..) {
+            assert_eq!(self.block.worker_of_queue(index), index);
+            driver.activate(&workers[index], index as u16);
         }
     }
 
-    fn outcomes(&self) -> Vec<HoldOutcome> {
+    /// Has all threads do it, one after the other.
+    pub fn order(&self, order: fn(crate::worker::Done) -> Order) {
+        for worker in self.block.workers() {
+            order_and_wait(worker, order);
+        }
+    }
+
+    pub fn resume(&self) {
+        for worker in self.block.workers() {
+            worker.order(Order::Resume);
+        }
+    }
+
+    pub fn outcomes(&self) -> Vec<HoldOutcome> {
         let events = self.events.lock().unwrap();
         let outcomes = events.iter().filter_map(|event| match event {
             DeviceEvent::DiskResumed { outcome } => Some(*outcome),
@@ -69,7 +103,7 @@ impl Wide {
         outcomes.collect()
     }
 
-    fn wait_held(&self, requests: u64) {
+    pub fn wait_held(&self, requests: u64) {
         for _ in 0..60_000 {
             if self.block.hold.held().0 == requests {
                 return;
@@ -81,13 +115,13 @@ impl Wide {
 }
 
 /// What is written into a block, by its number.
-fn content_of(number: u64) -> Vec<u8> {
+pub(super) fn content_of(number: u64) -> Vec<u8> {
     let word = (number | 1 << 63).to_le_bytes();
     word.iter().copied().cycle().take(BLOCK).collect()
 }
 
 /// Offers a request of `len` bytes in one of the driver's slots.
-fn offer(driver: &mut Driver, slot: usize, kind: u32, block: u64, len: usize) {
+pub(super) fn offer(driver: &mut Driver, slot: usize, kind: u32, block: u64, len: usize) {
     let at = SLOTS + slot as u64 * SLOT;
     let mut header = [0; 16];
     header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -103,7 +137,7 @@ fn offer(driver: &mut Driver, slot: usize, kind: u32, block: u64, len: usize) {
     driver.offer(head);
 }
 
-fn finish(driver: &mut Driver, count: usize) {
+pub(super) fn finish(driver: &mut Driver, count: usize) {
     driver.ring();
     for _ in 0..count {
         driver.wait_used();
@@ -114,16 +148,21 @@ fn finish(driver: &mut Driver, count: usize) {
     }
 }
 
-fn write(driver: &mut Driver, blocks: &[u64]) {
+pub(super) fn write(driver: &mut Driver, blocks: &[u64]) {
+    write_as(driver, blocks, content_of);
+}
+
+/// Writes to these blocks what `content` says.
+pub(super) fn write_as(driver: &mut Driver, blocks: &[u64], content: impl Fn(u64) -> Vec<u8>) {
     for (slot, block) in blocks.iter().enumerate() {
         let data = SLOTS + slot as u64 * SLOT + 0x1000;
-        driver.poke(data, &content_of(*block));
+        driver.poke(data, &content(*block));
         offer(driver, slot, 1, *block, BLOCK);
     }
     finish(driver, blocks.len());
 }
 
-fn read(driver: &mut Driver, blocks: &[u64]) -> Vec<Vec<u8>> {
+pub(super) fn read(driver: &mut Driver, blocks: &[u64]) -> Vec<Vec<u8>> {
     for (slot, block) in blocks.iter().enumerate() {
         offer(driver, slot, 0, *block, BLOCK);
     }
@@ -132,13 +171,13 @@ fn read(driver: &mut Driver, blocks: &[u64]) -> Vec<Vec<u8>> {
     data.map(|at| driver.peek(at, BLOCK)).collect()
 }
 
-fn flush(driver: &mut Driver) {
+pub(super) fn flush(driver: &mut Driver) {
     offer(driver, 0, 4, 0, 0);
     finish(driver, 1);
 }
 
 /// The blocks that a queue writes: of each cluster each queue has some.
-fn blocks_of(queue: usize, count: u64) -> Vec<u64> {
+pub(super) fn blocks_of(queue: usize, count: u64) -> Vec<u64> {
     let blocks = (0..count).map(|n| n * u64::from(QUEUES) + queue as u64);
     blocks.collect()
 }
@@ -310,11 +349,23 @@ fn what_several_queues_hold_for_lack_of_space_is_done_when_there_is_some_or_give
 
 #[test]
 fn a_disk_with_several_queues_moves_on_to_an_overlay_with_as_many_while_all_of_them_write() {
-    let Some(folder) = qemu::folder() else { return };
-    for (number, setup) in engines().enumerate() {
-        let at = |name: &str| folder.path().join(format!("{number}-{name}"));
-        let base = qemu::create(folder.path(), &format!("{number}-base"), "", SIZE);
-        let mut wide = Wide::on(&base, setup);
+    for setup in engines() {
+        moves_on(ImageType::Qcow2, setup);
+        moves_on(ImageType::Raw, setup);
+    }
+}
+
+fn moves_on(kind: ImageType, setup: Setup) {
+    if let Some(folder) = qemu::folder() {
+        let at = |name: &str| folder.path().join(name);
+        let base = match kind {
+            ImageType::Qcow2 => qemu::create(folder.path(), "base", "", SIZE),
+            _ => {
+                File::create(at("base")).unwrap().set_len(SIZE).unwrap();
+                at("base")
+            }
+        };
+        let mut wide = Wide::of_type(&base, kind, setup);
         let done = AtomicU64::new(0);
         let each = 128;
         {
@@ -355,8 +406,13 @@ fn a_disk_with_several_queues_moves_on_to_an_overlay_with_as_many_while_all_of_t
         drop(wide);
         let mut least = 0;
         for path in [base, at("1"), at("2")] {
-            qemu::img(&format!("check -q -f qcow2 {}", path.display()));
-            let content = qemu::content(&path);
+            let content = match path == at("base") && kind == ImageType::Raw {
+                true => std::fs::read(&path).unwrap(),
+                false => {
+                    qemu::img(&format!("check -q -f qcow2 {}", path.display()));
+                    qemu::content(&path)
+                }
+            };
             let is_there = |block: u64| {
                 let found = &content[block as usize * BLOCK..][..BLOCK];
                 let there = found == content_of(block);

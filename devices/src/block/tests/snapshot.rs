@@ -299,7 +299,10 @@ fn a_disk_that_can_not_move_on_is_refused_and_goes_on_as_it_was() {
     }
     for (more, reason) in [
         (serde_json::json!({"readonly": true}), "read-only"),
-        (serde_json::json!({"num_queues": 2}), "more than one queue"),
+        (
+            serde_json::json!({"num_queues": 33, "queue_size": 512}),
+            "num_queues",
+        ),
         (
             serde_json::json!({"lock_granularity": "Full"}),
             "lock_granularity",

@@ -1,6 +1,7 @@
 //! From the engine to the used ring: status byte, counters, the chain given back, one interrupt for
 //! all.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -66,15 +67,11 @@ impl QueueHandler {
                 result
             }
         };
-        let result = match result {
-            Ok(()) if pending.operation == Operation::Flush && self.flush_lost => {
-                Err(Errno::IO.into())
-            }
-            result => result,
+        let flushed = pending.operation == Operation::Flush;
+        let result = match flushed && self.common.flush_lost.swap(false, Ordering::SeqCst) {
+            true => result.and(Err(Errno::IO.into())),
+            false => result,
         };
-        if pending.operation == Operation::Flush && result.is_err() {
-            self.flush_lost = false;
-        }
         // Only a hint, which there is no sense in waiting with.
         let result = match result {
             Err(error) if pending.operation == Operation::Discard && is_no_space(&error) => Ok(()),

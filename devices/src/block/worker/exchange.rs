@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -74,7 +75,9 @@ impl QueueHandler {
         }
         // The host tells of data that it has lost once, and this was not the driver's flush. Where
         // there was no space, the data is still there.
-        self.flush_lost |= matches!(&all, Err(error) if !is_no_space(error));
+        if matches!(&all, Err(error) if !is_no_space(error)) {
+            self.common.flush_lost.store(true, Ordering::SeqCst);
+        }
         all
     }
 

@@ -256,6 +256,10 @@ impl Image for Qcow2Image {
         self.host.serial.clone()
     }
 
+    fn has_owner(&self) -> bool {
+        self.writable.is_some()
+    }
+
     fn host_file(&self) -> Arc<File> {
         let data = self.data.as_ref().unwrap_or(&self.host);
         data.file.clone()
