@@ -250,3 +250,39 @@ fn leaks_are_repaired_and_the_exit_status_says_so() {
     same_check(folder, "plain.qcow2");
     assert_eq!(disk(folder, "check -f qcow2 plain.qcow2").code, Some(0));
 }
+
+#[test]
+fn leaks_that_were_shared_clusters_leave_no_contradiction_when_they_are_repaired() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    for options in ["cluster_size=64k", "extended_l2=on", "cluster_size=512"] {
+        let path = folder.join("disk.qcow2");
+        let _ = std::fs::remove_file(&path);
+        img(
+            folder,
+            &format!("create -q -f qcow2 -o {options} disk.qcow2 4M"),
+        )
+        .good();
+        io(folder, false, "qcow2", "disk.qcow2", &["write -P 1 0 200k"]).good();
+        img(folder, "snapshot -c one disk.qcow2").good();
+        io(folder, false, "qcow2", "disk.qcow2", &["write -P 2 0 70k"]).good();
+        // Whoever deleted the snapshot got no further than to forget it: what it shared with the
+        // disk has a refcount of two, and no COPIED bit.
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[0; 12], 60).unwrap();
+        drop(file);
+        let (theirs, _) = same_check(folder, "disk.qcow2");
+        assert_eq!(theirs.code, Some(3));
+        let repaired = disk(folder, "check -r leaks --output json -f qcow2 disk.qcow2");
+        assert_eq!(repaired.code, Some(0), "{options}: {repaired:?}");
+        let report = repaired.json();
+        assert!(
+            report["corruptions-fixed"].as_u64().unwrap() > 1,
+            "{report}"
+        );
+        let (theirs, ours) = same_check(folder, "disk.qcow2");
+        assert_eq!((theirs.code, ours.code), (Some(0), Some(0)), "{options}");
+        let read = ["read -P 2 0 70k", "read -P 1 70k 130k"];
+        io(folder, false, "qcow2", "disk.qcow2", &read).good();
+    }
+}

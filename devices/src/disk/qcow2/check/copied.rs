@@ -4,11 +4,10 @@ use std::os::unix::fs::FileExt;
 
 use super::super::details::ReadError;
 use super::super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, OFFSET};
-use super::{Checker, Repair, words};
+use super::{Checker, words};
 
 impl Checker<'_, '_> {
-    /// Looks at all of them; with [`Repair::All`] mends them, unless the refcounts are not to be
-    /// trusted.
+    /// Looks at all of them, and mends them if that is wanted and the refcounts are to be trusted.
     pub fn copied(&mut self) -> Result<(), ReadError> {
         if self.table.is_empty() {
             self.read_refcount_table()?;
@@ -39,7 +38,7 @@ impl Checker<'_, '_> {
     }
 
     fn mends_copied(&self) -> bool {
-        self.repair == Repair::All && !self.wants_rebuild
+        self.mends_copied && !self.wants_rebuild
     }
 
     fn copied_l2(

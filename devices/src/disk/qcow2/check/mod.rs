@@ -156,7 +156,11 @@ fn check_file(
         // COPIED bits follow the refcounts, which are right only now.
         let mut second = Checker::new(file, &details, repair, listener);
         second.limits.until = limits.until;
+        // A refcount that was too high may have come down to one. That is no guess if all of them
+        // are right.
+        second.mends_copied |= before.corruptions == 0;
         second.copied()?;
+        let copied = second.report.corruptions;
         let mut quiet = |_: &str| {};
         let mut listener = Listener {
             finding: &mut quiet,
@@ -166,7 +170,8 @@ fn check_file(
         last.limits.until = limits.until;
         last.run()?;
         after = last.report;
-        after.corruptions_fixed = before.corruptions.saturating_sub(after.corruptions);
+        let corruptions = before.corruptions + copied;
+        after.corruptions_fixed = corruptions.saturating_sub(after.corruptions);
         after.leaks_fixed = before.leaks.saturating_sub(after.leaks);
     }
     if after.corruptions == 0 {
@@ -188,6 +193,8 @@ struct Checker<'a, 'l> {
     /// Refcounts are missing, or lie where other things are.
     wants_rebuild: bool,
     changed: bool,
+    /// COPIED bits are set right.
+    mends_copied: bool,
     /// Clusters in the file; the last may be cut short.
     clusters: u64,
     /// The refcount table.
@@ -228,6 +235,7 @@ impl<'a, 'l> Checker<'a, 'l> {
             senseless: 0,
             wants_rebuild: false,
             changed: false,
+            mends_copied: repair == Repair::All,
             clusters,
             table: Vec::new(),
             l2_tables: Vec::new(),
