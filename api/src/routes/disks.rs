@@ -103,9 +103,9 @@ pub async fn resume(
 /// of a machine that lost its power then: what the guest had not flushed may be missing, unless it
 /// froze its file systems. All disks move on or none does; an error leaves nothing behind. The
 /// configuration then has the overlay, with `image_type`, `backing_files`, and the `serial` that the
-/// guest knows. Not possible for disks that are read-only, are raw and have several queues, lie on
-/// block devices or are locked as a whole (`lock_granularity`). What is held for lack of space goes
-/// to the overlay.
+/// guest knows. Not possible for disks that are read-only, lie on block devices, are locked as a
+/// whole (`lock_granularity`), or whose queues have more than 16384 descriptors in all. What is held
+/// for lack of space goes to the overlay.
 /// Where the process dies without an answer, an overlay that is there is to be used: what the guest
 /// has written since may be in it.
 #[utoipa::path(
