@@ -62,7 +62,6 @@ fn what_qemu_io_has_and_this_has_not_is_refused_by_name() {
     for (option, name) in [
         (&["-s"][..], "--snapshot"),
         (&["-C"], "--copy-on-read"),
-        (&["-m"], "--misalign"),
         (&["-k"], "--native-aio"),
         (&["-U"], "--force-share"),
         (&["-T", "x"], "--trace"),
@@ -124,6 +123,54 @@ fn with_cache_writethrough_what_was_written_outlives_the_process() {
         assert_eq!(said.code, None, "{said:?}");
         let commands = ["read -P 5 1028k 60k", "read -P 6 2M 64k", "read -P 0 1M 4k"];
         io(folder, false, "qcow2", "image", &commands).good();
+    }
+}
+
+#[test]
+fn memory_that_is_aligned_to_nothing_is_read_and_written_past_the_page_cache() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    for (format, aio) in [
+        ("raw", "threads"),
+        ("qcow2", "threads"),
+        ("qcow2", "io_uring"),
+    ] {
+        let _ = std::fs::remove_file(folder.join("image"));
+        img(folder, &format!("create -q -f {format} image 2M")).good();
+        let mut line = vec!["-f", format, "-i", aio, "-n", "-m"];
+        for command in [
+            "write -P 5 0 256k",
+            "write -P 6 1000 5000",
+            "aio_write -P 7 512k 64k",
+            "aio_write -P 8 600k 512",
+            "aio_flush",
+            "read -P 6 1000 5000",
+            "aio_read -P 7 512k 64k",
+            "aio_flush",
+            "write -z 100 10",
+        ] {
+            line.extend(["-c", command]);
+        }
+        line.push("image");
+        let said = ours(folder, &line);
+        if said.err.contains("Invalid argument") {
+            eprintln!("SKIPPED: the file system has no O_DIRECT");
+            return;
+        }
+        let said = said.good();
+        assert!(!said.contains("failed"), "{format} {aio}: {said}");
+        let commands = [
+            "read -P 5 0 100",
+            "read -P 0 100 10",
+            "read -P 5 110 890",
+            "read -P 6 1000 5000",
+            "read -P 5 6000 256144",
+            "read -P 7 512k 64k",
+            "read -P 8 600k 512",
+            "read -P 0 614912 1M",
+        ];
+        let said = io(folder, false, format, "image", &commands).good();
+        assert!(!said.contains("failed"), "{format} {aio}: {said}");
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Blocking {
     queue: Box<dyn Queue>,
     image: Arc<dyn Image>,
     size_bytes: u64,
+    /// So many bytes behind the beginning of a page the memory of requests begins.
+    skew: usize,
     /// What others' requests came to.
     completed: Vec<Completion>,
     scratch: Vec<Completion>,
@@ -43,9 +45,21 @@ impl Blocking {
             size_bytes: image.size_bytes(),
             queue: image.open_queue(DEPTH)?,
             image,
+            skew: 0,
             completed: Vec::new(),
             scratch: Vec::new(),
         })
+    }
+
+    /// Has the memory of requests begin so many bytes behind the beginning of a page, as that of a
+    /// guest may: fewer than a page has.
+    pub fn set_skew(&mut self, bytes: usize) {
+        self.skew = bytes.min(4095);
+    }
+
+    /// What was set by [`Blocking::set_skew`]; for those who push requests of their own.
+    pub fn skew(&self) -> usize {
+        self.skew
     }
 
     /// What whoever uses it calls.
@@ -161,17 +175,17 @@ impl Blocking {
         let unit = self.unit();
         let skip = (offset % unit) as usize;
         let total = (skip + length).next_multiple_of(unit as usize);
-        let memory = Arc::new(AlignedBuffer::zeroed(total, 4096)?);
+        let memory = Arc::new(AlignedBuffer::zeroed(self.skew + total, 4096)?);
         if length > 0 {
             let mut buffers = Buffers::default();
             buffers
-                .push_own(&memory, 0, total)
+                .push_own(&memory, self.skew, total)
                 .map_err(io::Error::other)?;
             self.run(Operation::Read, offset - skip as u64, total as u64, buffers)?;
         }
         Ok(Bytes {
             memory,
-            skip,
+            skip: self.skew + skip,
             length,
         })
     }
@@ -186,20 +200,21 @@ impl Blocking {
         let skip = (offset % unit) as usize;
         let total = (skip + bytes.len()).next_multiple_of(unit as usize);
         let start = offset - skip as u64;
-        let mut memory = AlignedBuffer::zeroed(total, 4096)?;
+        let mut memory = AlignedBuffer::zeroed(self.skew + total, 4096)?;
         let unit = unit as usize;
+        let whole = &mut memory.bytes_mut()[self.skew..];
         if skip > 0 {
             let around = self.read(start, unit)?;
-            memory.bytes_mut()[..unit].copy_from_slice(around.get());
+            whole[..unit].copy_from_slice(around.get());
         }
         if skip + bytes.len() < total {
             let around = self.read(start + (total - unit) as u64, unit)?;
-            memory.bytes_mut()[total - unit..].copy_from_slice(around.get());
+            whole[total - unit..].copy_from_slice(around.get());
         }
-        memory.bytes_mut()[skip..skip + bytes.len()].copy_from_slice(bytes);
+        whole[skip..skip + bytes.len()].copy_from_slice(bytes);
         let mut buffers = Buffers::default();
         buffers
-            .push_own(&Arc::new(memory), 0, total)
+            .push_own(&Arc::new(memory), self.skew, total)
             .map_err(io::Error::other)?;
         self.run(Operation::Write { durable }, start, total as u64, buffers)
     }

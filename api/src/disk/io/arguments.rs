@@ -37,6 +37,9 @@ pub struct Io {
     /// unmap, or ignore: nothing is given back to the host
     #[arg(short = 'd', long, value_name = "MODE")]
     pub discard: Option<String>,
+    /// Have memory begin 16 bytes behind the beginning of a page
+    #[arg(short, long)]
+    pub misalign: bool,
     /// IMAGE is a list of options, as behind `open -o`: driver=qcow2,file.filename=…
     #[arg(long)]
     pub image_opts: bool,
@@ -54,8 +57,6 @@ struct Absent {
     snapshot: bool,
     #[arg(short = 'C', long, hide = true)]
     copy_on_read: bool,
-    #[arg(short = 'm', long, hide = true)]
-    misalign: bool,
     #[arg(short = 'k', long, hide = true)]
     native_aio: bool,
     #[arg(short = 'U', long, hide = true)]
@@ -69,7 +70,10 @@ struct Absent {
 impl Io {
     /// How `open` opens where it is not told otherwise: this format, with those below.
     pub fn choices(&self) -> Choices {
-        Choices::new(self.format, self.backing_files)
+        Choices {
+            misalign: self.misalign,
+            ..Choices::new(self.format, self.backing_files)
+        }
     }
 
     /// How the image of the command line is to be opened, if there is one.
@@ -78,7 +82,6 @@ impl Io {
         for (given, option) in [
             (absent.snapshot, "--snapshot"),
             (absent.copy_on_read, "--copy-on-read"),
-            (absent.misalign, "--misalign"),
             (absent.native_aio, "--native-aio"),
             (absent.force_share, "--force-share"),
             (absent.trace.is_some(), "--trace"),

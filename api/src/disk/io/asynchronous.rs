@@ -30,7 +30,8 @@ struct Waiting {
     dump: bool,
     machine: bool,
     begin: Instant,
-    memory: Option<Arc<AlignedBuffer>>,
+    /// And where in it the bytes begin.
+    memory: Option<(Arc<AlignedBuffer>, usize)>,
 }
 
 impl Session {
@@ -96,15 +97,15 @@ impl Session {
         }
         let mut buffers = Buffers::default();
         if matches!(operation, Operation::Read | Operation::Write { .. }) {
-            let len = length as usize;
-            let mut memory = AlignedBuffer::zeroed(len, 4096)?;
+            let (skew, len) = (self.image()?.disk.skew(), length as usize);
+            let mut memory = AlignedBuffer::zeroed(skew + len, 4096)?;
             if operation != Operation::Read {
                 memory.bytes_mut().fill(fill);
             }
             let memory = Arc::new(memory);
-            let pushed = buffers.push_own(&memory, 0, len);
+            let pushed = buffers.push_own(&memory, skew, len);
             pushed.map_err(std::io::Error::other)?;
-            waiting.memory = Some(memory);
+            waiting.memory = Some((memory, skew));
         }
         while self.pending.requests.contains_key(&self.pending.next) {
             self.pending.next = (self.pending.next + 1) % 1024;
@@ -188,7 +189,7 @@ impl Pending {
         let bytes = waiting
             .memory
             .as_ref()
-            .map_or(&[][..], |memory| memory.bytes());
+            .map_or(&[][..], |(memory, skew)| &memory.bytes()[*skew..]);
         waiting.tell(completion.result.as_ref().map(|()| bytes), out)
     }
 }

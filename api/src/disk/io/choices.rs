@@ -43,6 +43,8 @@ pub struct Choices {
     /// Without io_uring.
     pub threads: bool,
     pub cache_bytes: Option<u64>,
+    /// Memory begins where O_DIRECT does not want it.
+    pub misalign: bool,
 }
 
 impl Choices {
@@ -57,6 +59,7 @@ impl Choices {
             unmap: true,
             threads: false,
             cache_bytes: None,
+            misalign: false,
         }
     }
 

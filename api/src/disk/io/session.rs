@@ -19,6 +19,9 @@ use super::choices::{Choices, Wrong, mentions};
 use super::options::Options;
 use super::report;
 
+/// How far misaligned memory is from the beginning of a page.
+const SKEW: usize = 16;
+
 /// See the module.
 pub struct Session {
     /// What `open` begins with.
@@ -44,7 +47,7 @@ impl Open {
             let message = format!("can't open device {path}: Could not open '{path}': {reason}");
             return Err(Wrong(message));
         }
-        let disk = Blocking::open(format, &options).map_err(|error| {
+        let mut disk = Blocking::open(format, &options).map_err(|error| {
             let reason = match error {
                 // Which option is to blame has been said.
                 BuildError::Invalid(wrong) if wrong.field == "path" => wrong.reason,
@@ -52,6 +55,9 @@ impl Open {
             };
             Wrong(format!("can't open device {path}: {reason}"))
         })?;
+        if choices.misalign {
+            disk.set_skew(SKEW);
+        }
         Ok(Self {
             choices,
             format,
