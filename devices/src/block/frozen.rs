@@ -12,7 +12,7 @@ use crate::disk::{self, Image, Queue};
 use crate::worker::{Order, Worker};
 
 /// How long the queues may take to write out what they have.
-const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why they do not.
 pub enum FreezeError {
@@ -34,12 +34,21 @@ impl<'a> Frozen<'a> {
     /// Has them stand still until this is dropped, with all that they have on the disk; `go_on`
     /// unless the VM is paused.
     pub fn freeze(disks: Vec<&'a Block>, go_on: bool) -> Result<Self, FreezeError> {
+        Self::freeze_within(FREEZE_TIMEOUT, disks, go_on)
+    }
+
+    /// The same, where they may take so long.
+    pub fn freeze_within(
+        timeout: Duration,
+        disks: Vec<&'a Block>,
+        go_on: bool,
+    ) -> Result<Self, FreezeError> {
         let mut frozen = Self {
             disks,
             go_on,
             listening: false,
         };
-        frozen.write_out()?;
+        frozen.write_out(timeout)?;
         frozen.listening = true;
         Ok(frozen)
     }
@@ -50,13 +59,13 @@ impl<'a> Frozen<'a> {
         numbered.flat_map(|(number, disk)| disk.workers.iter().map(move |w| (number, w)))
     }
 
-    fn write_out(&mut self) -> Result<(), FreezeError> {
+    fn write_out(&mut self, timeout: Duration) -> Result<(), FreezeError> {
         let order = |(number, worker): (usize, &Worker)| {
             worker.order(Order::Pause(Box::new(|| ())));
             (number, ask(worker, Exchange::Freeze))
         };
         let answers: Vec<_> = self.workers().map(order).collect();
-        let deadline = Instant::now() + FREEZE_TIMEOUT;
+        let deadline = Instant::now() + timeout;
         for (number, answer) in answers {
             let left = deadline.saturating_duration_since(Instant::now());
             let failed = |error: std::io::Error| {

@@ -70,6 +70,8 @@ pub struct Block {
     seccomp: SeccompMode,
     /// There is a job on the disk.
     job: Arc<AtomicBool>,
+    /// What its jobs wait for.
+    bounds: job::Bounds,
 }
 
 /// The image that the disk has now. Used on the VMM thread only; what is locked is never waited for.
@@ -148,6 +150,7 @@ impl Block {
             id: context.reporter.id().to_owned(),
             seccomp: context.seccomp,
             job: Arc::default(),
+            bounds: job::Bounds::default(),
         })
     }
 

@@ -35,8 +35,9 @@ pub struct Live {
     told: ((u64, u64), Instant),
     /// It was told that it waits for space.
     told_waiting: bool,
-    /// When its end is to be tried again, and how often it was tried.
-    retry: (Option<Instant>, u32),
+    retry: Retry,
+    /// Why it failed, while its thread still waits for the host.
+    failed: Option<String>,
     /// It was told to end, and is not to begin again on another machine.
     pub cancelled: bool,
 }
@@ -57,7 +58,8 @@ impl Live {
             job: Some(job),
             told: ((0, 0), Instant::now()),
             told_waiting: false,
-            retry: (None, 0),
+            retry: Retry::default(),
+            failed: None,
             cancelled: false,
             order,
         })
@@ -71,7 +73,7 @@ impl Live {
     ) -> Result<(), Error> {
         let job = start(&self.order, devices, environment)?;
         self.seen = job.view();
-        self.retry = (None, 0);
+        self.retry = Retry::default();
         self.told_waiting = false;
         self.job = Some(job);
         Ok(())
@@ -121,7 +123,8 @@ impl Live {
     pub fn ended_as(&self, status: JobStatus) -> JobInfo {
         let mut info = self.info();
         info.waiting_for_space = None;
-        (info.state, info.reason) = match status {
+        let failed = self.failed.clone().map(JobStatus::Failed);
+        (info.state, info.reason) = match failed.unwrap_or(status) {
             JobStatus::Ready => (JobState::Completed, None),
             JobStatus::Failed(reason) => (JobState::Failed, Some(reason)),
             JobStatus::Running | JobStatus::Cancelled => (JobState::Cancelled, None),
@@ -147,7 +150,7 @@ impl Live {
     pub fn cancel(&mut self) {
         self.cancelled = true;
         // One whose end is put off is looked at soon.
-        self.retry.0 = None;
+        self.retry.at = None;
         self.job.iter().for_each(Job::cancel);
     }
 
@@ -159,6 +162,9 @@ impl Live {
             return JobStatus::Cancelled;
         };
         self.seen = job.end();
+        if let Some(reason) = &self.failed {
+            return JobStatus::Failed(reason.clone());
+        }
         match (&self.seen.status, self.order.kind) {
             (JobStatus::Ready, JobKind::Commit) => JobStatus::Cancelled,
             (status, _) => status.clone(),
@@ -167,8 +173,7 @@ impl Live {
 
     /// When [`Live::look`] next has something to do, if the job does not tell earlier.
     pub fn next_look(&self) -> Instant {
-        let (retry, _) = self.retry;
-        retry.unwrap_or(self.told.1 + PROGRESS_INTERVAL)
+        self.retry.at.unwrap_or(self.told.1 + PROGRESS_INTERVAL)
     }
 
     /// Tells that it waits for space, or no longer does.
@@ -186,9 +191,17 @@ impl Live {
 
     /// What has become of it, if it has ended.
     pub fn look(&mut self, devices: &DeviceManager, go_on: bool, now: Instant) -> Option<JobInfo> {
-        self.seen = self.job.as_ref()?.view();
+        let job = self.job.as_ref()?;
+        let has_ended = job.has_ended();
+        self.seen = job.view();
         let status = self.seen.status.clone();
         self.tell_waiting();
+        let cancelled = self.cancelled && self.order.kind == JobKind::Commit;
+        if self.failed.is_some() || (cancelled && status == JobStatus::Ready) {
+            // Its thread may be waiting for the host, and nobody is to wait for that.
+            self.told.1 = now;
+            return has_ended.then(|| self.ended_as(JobStatus::Cancelled));
+        }
         if status == JobStatus::Running {
             if now >= self.told.1 + PROGRESS_INTERVAL {
                 let come = (self.seen.done_bytes, self.seen.copied_bytes);
@@ -202,11 +215,7 @@ impl Live {
         if status != JobStatus::Ready {
             return Some(self.ended_as(status));
         }
-        if self.cancelled && self.order.kind == JobKind::Commit {
-            return Some(self.ended_as(JobStatus::Cancelled));
-        }
-        let (retry, attempts) = self.retry;
-        if retry.is_some_and(|at| now < at) {
+        if self.retry.is_later_than(now) {
             return None;
         }
         let job = self.job.as_mut()?;
@@ -223,13 +232,40 @@ impl Live {
                 ..self.ended_as(JobStatus::Ready)
             }),
             // It tells when it is ready again.
-            Err(ConcludeError::NoSpace) => None,
-            Err(ConcludeError::Timeout) if attempts + 1 < ATTEMPTS => {
-                self.retry = (Some(Instant::now() + RETRY_INTERVAL), attempts + 1);
+            Err(ConcludeError::NoSpace) => {
+                self.retry = Retry::default();
                 None
             }
-            Err(error) => Some(self.ended_as(JobStatus::Failed(error.to_string()))),
+            Err(ConcludeError::Timeout) if self.retry.put_off(Instant::now()) => None,
+            Err(error) => {
+                self.failed = Some(error.to_string());
+                self.retry = Retry::default();
+                // It tells when it has.
+                job.cancel();
+                let has_ended = job.has_ended();
+                has_ended.then(|| self.ended_as(JobStatus::Cancelled))
+            }
         }
+    }
+}
+
+/// When the end of a job is to be tried again, as the disk could not write out in time.
+#[derive(Default)]
+struct Retry {
+    at: Option<Instant>,
+    attempts: u32,
+}
+
+impl Retry {
+    fn is_later_than(&self, now: Instant) -> bool {
+        self.at.is_some_and(|at| now < at)
+    }
+
+    /// It was tried in vain; whether it is to be tried again.
+    fn put_off(&mut self, now: Instant) -> bool {
+        self.attempts += 1;
+        self.at = Some(now + RETRY_INTERVAL);
+        self.attempts < ATTEMPTS
     }
 }
 
@@ -265,4 +301,25 @@ pub fn tell(events: &Events, event: &'static str, job: &JobInfo) {
     properties.extend(wanted.map(|wanted| ("error", wanted.error.as_str())));
     properties.extend(job.reason.as_deref().map(|reason| ("reason", reason)));
     events.emit("virtio-device", event, &properties);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_takes_too_long_is_tried_again_later_and_not_for_ever() {
+        let begin = Instant::now();
+        let mut now = begin;
+        let mut retry = Retry::default();
+        assert!(!retry.is_later_than(now), "the first time is at once");
+        for _ in 1..ATTEMPTS {
+            assert!(retry.put_off(now));
+            assert!(retry.is_later_than(now));
+            now += RETRY_INTERVAL;
+            assert!(!retry.is_later_than(now));
+        }
+        assert!(!retry.put_off(now));
+        assert_eq!(now - begin, RETRY_INTERVAL * (ATTEMPTS - 1));
+    }
 }

@@ -40,10 +40,6 @@ const ROUNDS: u32 = 100;
 const RANGE: u64 = 16 << 20;
 /// How often it is looked what has changed while the end is waited for.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long a guest waits for the end.
-const LAST_COPY: Duration = Duration::from_secs(30);
-/// How long a guest waits for the image to be emptied.
-const EMPTYING: Duration = Duration::from_secs(10);
 
 /// What the thread has for it.
 pub struct Base {
@@ -258,7 +254,8 @@ impl Job {
         let image: Box<dyn Image>;
         let mut note = None;
         {
-            let frozen = Frozen::freeze(vec![block], go_on).map_err(|e| e.of_commit())?;
+            let frozen = Frozen::freeze_within(self.bounds.write_out, vec![block], go_on);
+            let frozen = frozen.map_err(|e| e.of_commit())?;
             self.finish()?;
             image = old_base.image.reopen_base().map_err(not_moved)?;
             if image.size_bytes() != old.size_bytes() {
@@ -324,7 +321,7 @@ impl Job {
         let (reply, answer) = channel();
         let told = self.told.send(Told::Finish(reply));
         told.map_err(|_| not_moved(io::Error::other("the job's thread is gone")))?;
-        match answer.recv_timeout(LAST_COPY) {
+        match answer.recv_timeout(self.bounds.last_copy) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Unfinished::NoSpace)) => Err(ConcludeError::NoSpace),
             Ok(Err(Unfinished::Failed(reason))) => Err(not_moved(io::Error::other(reason))),
@@ -332,8 +329,12 @@ impl Job {
                 Err(not_moved(io::Error::other("the job's thread is gone")))
             }
             Err(RecvTimeoutError::Timeout) => {
+                // What it does may take the host any time; nobody waits for that.
                 self.cancel();
-                Err(not_moved(io::ErrorKind::TimedOut.into()))
+                Err(not_moved(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "it took too long",
+                )))
             }
         }
     }
@@ -351,13 +352,14 @@ impl Job {
         });
         let number = base.steps.leave(Step::Empty, reply);
         worker.order(Order::Attend);
-        match told.recv_timeout(EMPTYING) {
+        match told.recv_timeout(self.bounds.emptying) {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err((image.is_handed_over(), error)),
             // What was begun may still come about.
             Err(_) => {
                 let begun = !base.steps.withdraw(number);
-                Err((begun, io::ErrorKind::TimedOut.into()))
+                let reason = "it took too long";
+                Err((begun, io::Error::new(io::ErrorKind::TimedOut, reason)))
             }
         }
     }

@@ -75,7 +75,8 @@ impl Job {
         // Closed only when the queue has let go of it.
         let image: Box<dyn Image>;
         {
-            let frozen = Frozen::freeze(vec![block], go_on).map_err(|e| match e {
+            let frozen = Frozen::freeze_within(self.bounds.write_out, vec![block], go_on);
+            let frozen = frozen.map_err(|e| match e {
                 FreezeError::Disk(_, error) => ConcludeError::StillOpen(error),
                 FreezeError::Timeout => ConcludeError::Timeout,
             })?;

@@ -27,6 +27,7 @@
 //! `image_type` and `serial` differ); the image, which nobody uses any more, is emptied.
 //! While there is such a job the base is locked as one that is written to.
 
+mod bounds;
 mod commit;
 mod conclude;
 mod space;
@@ -41,6 +42,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub(super) use self::bounds::Bounds;
 use self::commit::{Base, Below};
 pub use self::conclude::ConcludeError;
 use self::space::Host;
@@ -123,6 +125,7 @@ pub struct Job {
     thread: Option<JoinHandle<()>>,
     /// Of a commit. Closed when the thread has ended.
     base: Option<Below>,
+    pub(super) bounds: Bounds,
     on_disk: OnDisk,
 }
 
@@ -134,6 +137,8 @@ struct Shared {
     /// Bytes per second; 0 for no limit.
     speed: AtomicU64,
     cancelled: AtomicBool,
+    /// The thread is about to be gone.
+    ended: AtomicBool,
     status: Mutex<JobStatus>,
     waiting: Mutex<Option<Waiting>>,
 }
@@ -203,6 +208,7 @@ impl Block {
             total_bytes: image.size_bytes(),
             speed: AtomicU64::new(speed.map_or(0, NonZeroU64::get)),
             cancelled: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             status: Mutex::new(JobStatus::Running),
             waiting: Mutex::default(),
         });
@@ -223,6 +229,7 @@ impl Block {
                     None => image.host_file(),
                 },
             },
+            last_step: self.bounds.last_step,
             wake,
         };
         let work = Work::new(parts, (told.clone(), inbox));
@@ -233,6 +240,7 @@ impl Block {
             told,
             thread: Some(thread),
             base,
+            bounds: self.bounds,
             on_disk,
         })
     }
@@ -284,6 +292,12 @@ impl Job {
         let speed = speed.map_or(0, NonZeroU64::get);
         self.shared.speed.store(speed, Ordering::SeqCst);
         self.look();
+    }
+
+    /// Whether its thread has ended, so that nobody waits for the host when it is dropped. It tells
+    /// when it does.
+    pub fn has_ended(&self) -> bool {
+        self.shared.ended.load(Ordering::SeqCst)
     }
 
     /// Has it try at once what it waits to have space for; to `give_up` is to have it fail if there

@@ -15,8 +15,6 @@ use crate::worker::{Order, Orders};
 
 /// After this the queue's thread is told again to look: it may be gone.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How long a job that is to end waits for a step that is being done.
-const LAST_STEP: Duration = Duration::from_secs(10);
 /// Before the queue, which has too much to do, is asked again.
 const BUSY: Duration = Duration::from_millis(20);
 /// The longest that is waited in one piece.
@@ -61,6 +59,8 @@ pub struct Parts {
     /// Heard by the thread of its first queue.
     pub orders: Orders,
     pub host: Host,
+    /// How long it waits for a step that is being done when it is to end.
+    pub last_step: Duration,
     /// Called when there is something to see.
     pub wake: Box<dyn Fn() + Send>,
 }
@@ -71,6 +71,7 @@ pub struct Work {
     steps: Arc<dyn Steps>,
     orders: Orders,
     pub(super) host: Host,
+    last_step: Duration,
     pub(super) wake: Box<dyn Fn() + Send>,
     told: Sender<Told>,
     inbox: Receiver<Told>,
@@ -99,6 +100,7 @@ impl Work {
             steps: parts.steps,
             orders: parts.orders,
             host: parts.host,
+            last_step: parts.last_step,
             wake: parts.wake,
             told,
             inbox,
@@ -122,6 +124,7 @@ impl Work {
         };
         *self.shared.waiting() = None;
         *self.shared.status() = status;
+        self.shared.ended.store(true, Ordering::SeqCst);
         (self.wake)();
     }
 
@@ -207,7 +210,7 @@ impl Work {
                 Err(RecvTimeoutError::Disconnected) => return Err(End::Cancelled),
             }
             if self.check().is_err() {
-                let until = *give_up.get_or_insert_with(|| Instant::now() + LAST_STEP);
+                let until = *give_up.get_or_insert_with(|| Instant::now() + self.last_step);
                 if self.steps.withdraw(number) || Instant::now() >= until {
                     return Err(End::Cancelled);
                 }

@@ -18,6 +18,7 @@ mod qcow2;
 mod queues;
 mod relay;
 mod snapshot;
+mod stuck;
 mod waiting;
 
 use std::fs::File;
