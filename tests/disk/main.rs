@@ -5,6 +5,7 @@
 mod answers;
 mod bad_input;
 mod copies;
+mod data_file;
 mod differential;
 mod preallocation;
 mod resize;

@@ -102,7 +102,7 @@ pub struct Create {
     #[arg(short = 'F', value_name = "FORMAT", value_parser = format)]
     pub backing_format: Option<Format>,
     /// cluster_size, extended_l2, refcount_bits, lazy_refcounts, compat, preallocation, size,
-    /// backing_file, backing_fmt; several with commas between; `help` tells of them
+    /// backing_file, backing_fmt, data_file, data_file_raw; several with commas between; `help` tells of them
     #[arg(short, value_name = "NAME=VALUE")]
     pub options: Vec<String>,
     /// Where

@@ -90,6 +90,12 @@ fn formatting(new: &CreateOptions, size: u64, out: &mut dyn Write) -> Result<(),
         let (name, format) = (backing.name.display(), backing.format.name());
         write!(out, " backing_file={name} backing_fmt={format}")?;
     }
+    if let Some(name) = &new.data_file {
+        write!(out, " data_file={}", name.display())?;
+        if new.data_file_raw {
+            write!(out, " data_file_raw=on")?;
+        }
+    }
     match &shape {
         None => writeln!(out, "{preallocation}")?,
         Some(shape) => {

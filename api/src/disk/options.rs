@@ -11,11 +11,16 @@ use super::arguments::format;
 use super::number::parse_size;
 
 /// The options that there are.
-const KNOWN: [(&str, &str); 9] = [
+const KNOWN: [(&str, &str); 11] = [
     ("backing_file", "name of the image below it"),
     ("backing_fmt", "format of the image below it: raw or qcow2"),
     ("cluster_size", "512 to 2M; 64k, or 128k with subclusters"),
     ("compat", "version of the format: 1.1 (v3) or 0.10 (v2)"),
+    ("data_file", "name of a new file that the data is to be in"),
+    (
+        "data_file_raw",
+        "that file alone is to be the disk, on or off",
+    ),
     (
         "extended_l2",
         "subclusters, on or off; on where there is a backing file",
@@ -116,6 +121,8 @@ pub fn set(
                 _ => return Err(wrong("off, metadata, falloc or full")),
             };
         }
+        "data_file" => new.data_file = Some(value.into()),
+        "data_file_raw" => new.data_file_raw = switch()?,
         "backing_file" => backing.name = Some(value.into()),
         "backing_fmt" => backing.format = Some(format(value).map_err(usage)?),
         _ => return Err(usage(format!("-o {name}: there is no such option"))),

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::buffers::{AlignedBuffer, Buffers};
-use super::new_file::NewFile;
 use super::qcow2::create::{CreateOptions, Preallocation, shape_for};
 use super::qcow2::extents::Extents;
 use super::qcow2::fill::{Filling, Zeroes};
+use super::qcow2::new_image::{NewImage, settled};
 use super::qcow2::writer::{ImageWriter, Shape};
 use super::{Completion, Format, OpenOptions, Operation, Queue, Request, SECTOR, open};
 use crate::config::{BuildError, Invalid};
@@ -76,10 +76,11 @@ pub fn convert(
     if target.backing.is_some() {
         return Err(Invalid::new("backing_file", "a copy has all of the disk").into());
     }
+    let target = &settled(target);
     let shape = shape_for(target, size)?;
     let mut extents = Extents::open(format, &source, true)?;
     let reading = format!("reading {}", source.path.display());
-    let new = NewFile::begin(&target.path)?;
+    let new = NewImage::begin(target, true)?;
     let queue = image
         .open_queue(how.ahead)
         .map_err(|e| BuildError::host(&reading, e))?;
@@ -89,6 +90,7 @@ pub fn convert(
         options: target,
         size,
         file: new.file(),
+        data: new.data(),
     };
     let mut sink = Sink::begin(filling, shape, how.hole_bytes, progress)?;
     loop {
@@ -136,7 +138,7 @@ impl<'a> Sink<'a> {
     ) -> Result<Self, BuildError> {
         let size = filling.size;
         let raw = filling.options.format == Format::Raw;
-        if raw {
+        if raw || filling.data.is_some() {
             filling.set_len()?;
         }
         match filling.options.preallocation {
@@ -172,7 +174,7 @@ impl<'a> Sink<'a> {
     fn write(&mut self, position: u64, bytes: &[u8]) -> Result<(), BuildError> {
         self.pass(position)?;
         let preallocation = self.filling.options.preallocation;
-        let (file, hole) = (self.filling.file, self.hole);
+        let (file, hole) = (self.filling.data.unwrap_or(self.filling.file), self.hole);
         let place = |bytes: &[u8], offset| match preallocation {
             Preallocation::Full => file.write_all_at(bytes, offset),
             _ => write_sparsely(file, offset, bytes, hole),
@@ -227,6 +229,7 @@ impl<'a> Sink<'a> {
             let end = tables.writer.finish();
             let end = end.map_err(|e| self.filling.failed(e))?;
             if self.filling.options.preallocation == Preallocation::Falloc {
+                let end = self.filling.end(end);
                 self.filling.set_aside(end, &mut |_, _| Ok(()))?;
             }
         }

@@ -63,6 +63,10 @@ pub fn copy_onto(
     target: &CreateOptions,
     watch: &mut Watch<'_>,
 ) -> Result<(), BuildError> {
+    if target.data_file.is_some() {
+        let reason = "not supported yet: a copy on top of another image, with a data file";
+        return Err(Invalid::new("data_file", reason).into());
+    }
     let mut original = Original::open(source, true)?;
     if rustix::fs::lstat(&target.path).is_ok() {
         return Err(exists(&target.path));

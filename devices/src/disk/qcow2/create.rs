@@ -13,6 +13,7 @@ use super::extents::Extents;
 pub use super::fill::Watch;
 use super::fill::{bytes_to_write, failed, fill};
 use super::header::Backing;
+use super::new_image::{self, NewImage};
 use super::writer::{ImageWriter, Shape};
 use crate::config::{BuildError, Invalid};
 
@@ -80,6 +81,11 @@ pub struct CreateOptions {
     pub unchecked_backing: bool,
     /// How much is allocated at once; a raw image has no `metadata`.
     pub preallocation: Preallocation,
+    /// The name of a file for the data, as it will stand in the header: relative to the folder of
+    /// the new image. Nothing may be there.
+    pub data_file: Option<PathBuf>,
+    /// That file, read as a raw image, is to be the disk at all times.
+    pub data_file_raw: bool,
 }
 
 impl CreateOptions {
@@ -97,6 +103,8 @@ impl CreateOptions {
             backing: None,
             unchecked_backing: false,
             preallocation: Preallocation::Off,
+            data_file: None,
+            data_file_raw: false,
         }
     }
 
@@ -137,7 +145,11 @@ impl CreateOptions {
         }
         if shape.header_bytes() > cluster {
             let reason = format!("its name does not fit into a cluster of {cluster} bytes");
-            return Err(invalid("backing_file", reason));
+            let field = match &self.data_file {
+                Some(_) => "data_file",
+                None => "backing_file",
+            };
+            return Err(invalid(field, reason));
         }
         Ok(shape)
     }
@@ -177,8 +189,13 @@ impl CreateOptions {
             let reason = "hides the backing file, unless extended_l2 is on";
             return Err(invalid("preallocation", reason));
         }
+        let data = new_image::external(&Self {
+            size_bytes: Some(size_bytes),
+            ..self.clone()
+        })?;
         Ok(Shape {
             size_bytes,
+            data,
             version,
             cluster_bits: cluster.trailing_zeros(),
             extended_l2,
@@ -199,6 +216,8 @@ impl CreateOptions {
             ("lazy_refcounts", self.lazy_refcounts),
             ("compat", self.version_2),
             ("backing_file", self.backing.is_some()),
+            ("data_file", self.data_file.is_some()),
+            ("data_file_raw", self.data_file_raw),
             (
                 "preallocation",
                 self.preallocation == Preallocation::Metadata,
@@ -245,8 +264,9 @@ pub fn create(options: &CreateOptions) -> Result<u64, BuildError> {
 
 /// The same, which `watch` can end.
 pub fn create_watched(options: &CreateOptions, watch: &mut Watch<'_>) -> Result<u64, BuildError> {
+    let options = &new_image::settled(options);
     let shape = options.shape()?;
-    fill(options, shape, NewFile::begin(&options.path)?, watch)
+    fill(options, shape, NewImage::begin(options, true)?, watch)
 }
 
 /// The same on a thread that may not make files with names. What would have to write more than
@@ -256,6 +276,7 @@ pub fn create_nameless(
     most_bytes: u64,
     watch: &mut Watch<'_>,
 ) -> Result<(), BuildError> {
+    let options = &new_image::settled(options);
     let shape = options.shape()?;
     let bytes = bytes_to_write(options, &shape);
     if bytes > most_bytes {
@@ -265,7 +286,7 @@ pub fn create_nameless(
         );
         return Err(invalid("preallocation", reason));
     }
-    let new = NewFile::begin_nameless(&options.path)?;
+    let new = NewImage::begin(options, false)?;
     fill(options, shape, new, watch).map(drop)
 }
 

@@ -8,6 +8,9 @@
 //!   full     fallocate, then zeroes   that, and zeroes where data will be
 //! ```
 //!
+//! Where the data is in a file of its own, that one has the length of the disk, and what is said of
+//! space for data goes for it.
+//!
 //! It is done in pieces, between which `watch` is told how far it is and can end it; the file has no
 //! name yet (`new_file`), so nothing is left of it then.
 
@@ -20,9 +23,9 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::super::Format;
-use super::super::new_file::NewFile;
 use super::super::space::is_no_space;
 use super::create::{CreateOptions, Preallocation};
+use super::new_image::NewImage;
 use super::writer::{ImageWriter, Shape};
 use crate::config::{BuildError, Invalid};
 
@@ -61,7 +64,7 @@ pub fn bytes_to_write(options: &CreateOptions, shape: &Shape) -> u64 {
 pub fn fill(
     options: &CreateOptions,
     shape: Shape,
-    new: NewFile,
+    new: NewImage,
     watch: &mut Watch<'_>,
 ) -> Result<u64, BuildError> {
     let size = shape.size_bytes;
@@ -69,6 +72,7 @@ pub fn fill(
         options,
         size,
         file: new.file(),
+        data: new.data(),
     };
     match options.format {
         Format::Raw => filling.raw(watch)?,
@@ -96,12 +100,19 @@ pub struct Filling<'a> {
     /// Bytes of the disk.
     pub size: u64,
     pub file: &'a File,
+    /// Where its data is, if not there.
+    pub data: Option<&'a File>,
 }
 
 impl Filling<'_> {
-    /// Gives a raw image its length.
+    /// The file that data goes to.
+    pub fn place(&self) -> &File {
+        self.data.unwrap_or(self.file)
+    }
+
+    /// Gives what has all of the disk its length.
     pub fn set_len(&self) -> Result<(), BuildError> {
-        self.file.set_len(self.size).map_err(|error| {
+        self.place().set_len(self.size).map_err(|error| {
             match error.raw_os_error() {
                 // Beyond what this file system can count.
                 Some(libc::EINVAL) => self.too_large(&error),
@@ -134,6 +145,9 @@ impl Filling<'_> {
         } else {
             u32::MAX.into()
         };
+        if self.data.is_some() {
+            self.set_len()?;
+        }
         if preallocation == Preallocation::Full {
             self.set_aside_if_possible(self.size)?;
         }
@@ -161,8 +175,16 @@ impl Filling<'_> {
         self.write_zeroes(&mut zeroes, run.0, run.1, watch)?;
         let end = writer.finish().map_err(failed)?;
         match preallocation {
-            Preallocation::Falloc => self.set_aside(end, watch),
+            Preallocation::Falloc => self.set_aside(self.end(end), watch),
             _ => Ok(()),
+        }
+    }
+
+    /// Where what holds the data ends, if the image does at `end`.
+    pub fn end(&self, end: u64) -> u64 {
+        match self.data {
+            Some(_) => self.size,
+            None => end,
         }
     }
 
@@ -203,8 +225,8 @@ impl Filling<'_> {
     /// all that there is.
     fn check_room(&self, end: u64) -> Result<(), BuildError> {
         let (Ok(system), Ok(own)) = (
-            rustix::fs::fstatvfs(self.file),
-            rustix::fs::fstat(self.file),
+            rustix::fs::fstatvfs(self.place()),
+            rustix::fs::fstat(self.place()),
         ) else {
             return Ok(());
         };
@@ -221,14 +243,14 @@ impl Filling<'_> {
 
     fn allocate(&self, offset: u64, len: u64) -> Result<(), Errno> {
         loop {
-            let result = rustix::fs::fallocate(self.file, FallocateFlags::empty(), offset, len);
+            let result = rustix::fs::fallocate(self.place(), FallocateFlags::empty(), offset, len);
             if result != Err(Errno::INTR) {
                 return result;
             }
         }
     }
 
-    /// Writes them to so many bytes from `offset` on.
+    /// Writes them to so many bytes from `offset` on, though not behind the end of a data file.
     pub fn write_zeroes(
         &self,
         zeroes: &mut Zeroes,
@@ -236,16 +258,21 @@ impl Filling<'_> {
         mut len: u64,
         watch: &mut Watch<'_>,
     ) -> Result<(), BuildError> {
+        if self.data.is_some() {
+            len = len.min(self.size.saturating_sub(offset));
+        }
         while len > 0 {
             let count = len.min(zeroes.bytes.len() as u64);
             let piece = zeroes.bytes.get(..count as usize).unwrap_or(&[]);
-            let written = self.file.write_all_at(piece, offset);
+            let written = self.place().write_all_at(piece, offset);
             written.map_err(|error| self.failed(error))?;
             (offset, len) = (offset + count, len - count);
             zeroes.done += count;
             zeroes.unsynced += count;
             if zeroes.unsynced >= SYNCED {
-                self.file.sync_data().map_err(|error| self.failed(error))?;
+                self.place()
+                    .sync_data()
+                    .map_err(|error| self.failed(error))?;
                 zeroes.unsynced = 0;
             }
             watch(zeroes.done.min(zeroes.total), zeroes.total)?;

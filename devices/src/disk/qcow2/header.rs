@@ -36,7 +36,8 @@ const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 pub const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 /// Autoclear feature bit 0: the bitmaps know of all that was written.
 pub const AUTOCLEAR_BITMAPS: u64 = 1;
-const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+/// The name of the external data file.
+pub const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 
 /// Autoclear feature: the external data file, read as a raw image, is the disk.
 pub const AUTOCLEAR_RAW: u64 = 1 << 1;

@@ -35,6 +35,7 @@ pub(super) mod fill;
 mod header;
 pub mod info;
 mod map;
+pub(super) mod new_image;
 mod op;
 mod queue;
 mod task;

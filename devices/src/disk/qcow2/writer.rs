@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::entry::COPIED;
-use super::header::OFFSET_LIMIT;
+use super::header::{AUTOCLEAR_RAW, EXTENSION_DATA_FILE, ExternalData, OFFSET_LIMIT};
 
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
@@ -28,6 +28,8 @@ pub struct Shape {
     pub lazy_refcounts: bool,
     /// Name and format.
     pub backing: Option<(Vec<u8>, &'static [u8])>,
+    /// Where the data is, if not in the image: there it has its place, and takes none here.
+    pub data: Option<ExternalData>,
 }
 
 /// See the module.
@@ -76,8 +78,9 @@ impl<'a> ImageWriter<'a> {
         }
     }
 
-    /// Gives the cluster of the disk with this number a cluster of the file; `bitmap` is its
-    /// subcluster bitmap, where there are subclusters. Numbers must ascend. Returns where it is.
+    /// Gives the cluster of the disk with this number a cluster of the file, or of the data file;
+    /// `bitmap` is its subcluster bitmap, where there are subclusters. Numbers must ascend. Returns
+    /// where it is.
     pub fn map(&mut self, number: u64, bitmap: u64) -> io::Result<u64> {
         let entry_bytes = self.shape.l2_entry_bytes();
         let per_table = self.cluster_bytes() / entry_bytes;
@@ -86,7 +89,10 @@ impl<'a> ImageWriter<'a> {
             self.end_table()?;
             self.l2 = Some((table, vec![0; self.cluster_bytes() as usize]));
         }
-        let offset = self.take(1)?;
+        let offset = match self.shape.data {
+            Some(_) => number << self.shape.cluster_bits,
+            None => self.take(1)?,
+        };
         self.last = Some(number);
         let at = ((number % per_table) * entry_bytes) as usize;
         if let Some((_, bytes)) = &mut self.l2 {
@@ -216,8 +222,12 @@ impl Shape {
         put(&mut bytes, 48, &table_offset.to_be_bytes());
         put(&mut bytes, 56, &table_clusters.to_be_bytes());
         if self.version == 3 {
-            let incompatible = u64::from(self.extended_l2) << 4;
+            let external = u64::from(self.data.is_some());
+            let incompatible = u64::from(self.extended_l2) << 4 | external << 2;
             put(&mut bytes, 72, &incompatible.to_be_bytes());
+            if self.data.as_ref().is_some_and(|data| data.raw) {
+                put(&mut bytes, 88, &AUTOCLEAR_RAW.to_be_bytes());
+            }
             let compatible = u64::from(self.lazy_refcounts);
             put(&mut bytes, 80, &compatible.to_be_bytes());
             put(&mut bytes, 96, &self.refcount_order.to_be_bytes());
@@ -231,6 +241,9 @@ impl Shape {
         };
         if let Some((_, format)) = &self.backing {
             extend(0xe279_2aca, format);
+        }
+        if let Some(data) = &self.data {
+            extend(EXTENSION_DATA_FILE, &data.name);
         }
         // Room permitting: a cluster of 512 bytes has none beside a long name.
         if self.version == 3 && self.cluster_bits > 11 {
@@ -254,7 +267,7 @@ impl Shape {
 
 /// The names of the features that an image of ours can come to have, for those who know them not.
 fn feature_names() -> Vec<u8> {
-    let names: [(u8, u8, &[u8]); 7] = [
+    let names: [(u8, u8, &[u8]); 8] = [
         (0, 0, b"dirty bit"),
         (0, 1, b"corrupt bit"),
         (0, 2, b"external data file"),
@@ -262,6 +275,7 @@ fn feature_names() -> Vec<u8> {
         (0, 4, b"extended L2 entries"),
         (1, 0, b"lazy refcounts"),
         (2, 0, b"bitmaps"),
+        (2, 1, b"raw external data"),
     ];
     let mut bytes = Vec::new();
     for (kind, bit, name) in names {
