@@ -155,6 +155,13 @@ fn an_image_with_a_data_file_is_told_of_as_qemu_img_tells_and_written_to() {
         let reads = ["read -P 7 1M 1M", "read -P 3 0 8k"];
         io(folder, false, "qcow2", name, &reads).good();
         same_check(folder, name);
+        img(folder, "create -q -f raw source.raw 5M").good();
+        io(folder, false, "raw", "source.raw", &["write -P 8 3M 1M"]).good();
+        let into = format!("convert -n --backing-files -f raw -O qcow2 source.raw {name}");
+        disk(folder, &into).good();
+        let compare = format!("compare -f qcow2 -F raw {name} source.raw");
+        img(folder, &compare).good();
+        same_check(folder, name);
     }
     img(folder, "create -q -f raw base.raw 4M").good();
     let over = "create -q -f qcow2 -o data_file=over.data -b base.raw -F raw over.qcow2";
