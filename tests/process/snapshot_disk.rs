@@ -15,15 +15,16 @@ use crate::support::procfs;
 
 const MIB: u64 = 1 << 20;
 
-/// A VM with these disks, raw and of 8 MiB each.
+/// A VM with these disks, raw and of 8 MiB each; the first has one queue, the second two and so on.
 fn boot(ballast: &Ballast, client: &mut Client, ids: &[&str]) {
-    let disk = |id: &&str| {
+    let disk = |(number, id): (usize, &&str)| {
         let path = empty_image(ballast.dir(), id, 8 * MIB);
-        json!({"id": id, "path": path})
+        json!({"id": id, "path": path, "num_queues": number + 1})
     };
     let mut config = ballast.sleeper();
+    config["cpus"] = json!({"boot_vcpus": ids.len(), "max_vcpus": ids.len()});
     config["balloon"] = json!({"size": 0});
-    config["disks"] = ids.iter().map(disk).collect();
+    config["disks"] = ids.iter().enumerate().map(disk).collect();
     client.put_json("vm.create", &config);
     client.put("vm.boot");
 }
