@@ -132,6 +132,42 @@ fn an_overlay_with_a_data_file_is_committed_and_gives_its_space_back() {
 }
 
 #[test]
+fn an_overlay_with_a_data_file_comes_to_stand_alone_and_goes_on() {
+    let Some(folder) = qemu::folder() else { return };
+    for (setup, folder) in engines_in(folder.path()) {
+        let base = folder.join("base.raw");
+        std::fs::copy(image().path(), &base).unwrap();
+        let data = folder.join("a.data");
+        let options = format!(
+            "data_file={},backing_file={},backing_fmt=raw",
+            data.display(),
+            base.display()
+        );
+        let path = qemu::create(&folder, "a.qcow2", &options, SIZE);
+        let mut expected = expected(0, SIZE as usize);
+        let mut disk = Disk::on(&path, setup, over());
+        work(&mut disk, &mut expected, 1);
+        let (tell, told) = channel();
+        let wake = Box::new(move || {
+            let _ = tell.send(());
+        });
+        let mut job = disk.block.begin_job(JobKind::Stream, None, wake).unwrap();
+        told.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(job.view().status, JobStatus::Ready);
+        job.conclude(&disk.block, true).unwrap();
+        drop(job);
+        std::fs::remove_file(&base).unwrap();
+        assert!(!can_write(Format::Raw, &data), "it is still locked");
+        work(&mut disk, &mut expected, 2);
+        assert!(content(&mut disk) == expected, "{setup:?}");
+        assert!(disk.io_errors().is_empty());
+        drop(disk);
+        check(&path);
+        assert!(qemu::content(&path) == expected, "{setup:?}");
+    }
+}
+
+#[test]
 fn a_base_with_a_data_file_is_not_committed_to_while_it_is_in_use() {
     let Some(folder) = qemu::folder() else { return };
     let (base, _) = images(folder.path(), KINDS[0]);

@@ -175,6 +175,20 @@ fn a_name_that_leads_elsewhere_than_to_a_data_file_is_refused() {
             assert!(refused.contains(reason), "{name}: {refused}");
         }
     }
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        at.join("fifo"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )
+    .unwrap();
+    for readonly in [true, false] {
+        let mut options = options(&names(at, b"fifo"));
+        options.readonly = readonly;
+        let refused = refusal(&options);
+        assert!(refused.contains("data file"), "{refused}");
+    }
     // No extension at all.
     let path = names(at, b"x");
     patch(&path, 112, &[0; 8]);
