@@ -312,7 +312,7 @@ pub fn thread_kinds() -> Vec<(&'static str, Vec<&'static [Allow]>)> {
         ("disk-commit-qcow2-sync", qcow2::WRITE_SYSCALLS[1]),
     ];
     let commits = commits.map(|(kind, list)| {
-        let lists = [job::SYSCALLS, &[list, job::GROW_SYSCALLS]].concat();
+        let lists = [job::SYSCALLS, &[list, job::BASE_SYSCALLS]].concat();
         (kind, lists)
     });
     let kinds = own.chain(exchanged).chain(beside);

@@ -103,6 +103,12 @@ impl Blocking {
         self.queue.held() + 1 >= usize::from(DEPTH)
     }
 
+    /// Whether a range is one of whole sectors, for [`Blocking::push`], and not empty.
+    pub fn is_whole(&self, offset: u64, length: usize) -> bool {
+        let unit = self.unit();
+        length > 0 && offset.is_multiple_of(unit) && (length as u64).is_multiple_of(unit)
+    }
+
     /// Begins a request whose range is whole [units](Blocking::unit); its completion is among those that
     /// [`Blocking::completed`] gives. Fails with EBUSY when there are too many.
     pub fn push(&mut self, request: Request) -> io::Result<()> {

@@ -7,12 +7,16 @@
 //!            ─► exchange
 //! ```
 //!
+//! A piece is read while those before it are still being written, a few at a time: within a round no
+//! two are of the same place, and each round ends with a flush.
+//!
 //! Until the image is emptied it hides all that has come into the base, so the job can end, or the
 //! process be killed, or the host lose its power, at any moment. When it is emptied the base has
 //! everything, durably.
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -23,9 +27,10 @@ use crate::block::frozen::{Frozen, gone};
 use crate::block::{Block, ImageType, Opened, snapshot};
 use crate::config::{BuildError, Invalid};
 use crate::disk::blocking::Blocking;
+use crate::disk::buffers::{AlignedBuffer, Buffers};
 use crate::disk::dirty::Tracking;
 use crate::disk::steps::{PIECE, Reply, Step, Taken};
-use crate::disk::{BackingInfo, Format, Image};
+use crate::disk::{BackingInfo, Format, Image, Operation, Request};
 use crate::worker::{Order, Worker};
 
 /// So little that the guest can wait until it is copied; of a small disk its 16th part.
@@ -36,10 +41,19 @@ const MUCH: u64 = 64 << 20;
 const IN_VAIN: u32 = 4;
 /// So many rounds at most: the guest may write faster than it is copied.
 const ROUNDS: u32 = 100;
+/// Writes of the base that are under way at the same time, while the next piece is read.
+const WRITES: usize = 8;
 /// Bytes that are taken out of what has changed at a time.
 const RANGE: u64 = 16 << 20;
 /// How often it is looked what has changed while the end is waited for.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// Data that is written to the base.
+struct Write {
+    start: u64,
+    memory: Arc<AlignedBuffer>,
+    len: usize,
+}
 
 /// What the thread has for it.
 pub struct Base {
@@ -48,6 +62,8 @@ pub struct Base {
     /// Knows what was changed on the disk.
     tracking: Tracking,
     path: PathBuf,
+    /// Writes that are under way, each at the place that is its tag.
+    writes: Vec<Option<Write>>,
     /// So little that it is ready.
     little: u64,
 }
@@ -59,13 +75,14 @@ impl Base {
             disk,
             tracking,
             path,
+            writes: Vec::new(),
             little: LITTLE.min(size_bytes / 16),
         }
     }
 
-    /// What using it calls, and making a raw image larger.
+    /// What using it calls.
     pub fn syscalls(&self) -> [&'static [crate::sandbox::Allow]; 2] {
-        [self.disk.syscalls(), super::GROW_SYSCALLS]
+        [self.disk.syscalls(), super::BASE_SYSCALLS]
     }
 
     fn failed(&self, error: impl std::fmt::Display) -> End {
@@ -180,24 +197,93 @@ impl Work {
             Taken::Nothing => {}
             Taken::Zeroes(start) => {
                 let len = reached.position.saturating_sub(*start);
+                // What lies around them in a sector may be among what is written.
+                self.write_out(base)?;
                 self.on_base(base, len.min(PIECE), |disk| {
                     disk.write_zeroes(*start, len, true, false)
                 })?;
             }
             Taken::Data(start, memory, len) => {
-                let bytes = memory.bytes().get(..*len).unwrap_or(&[]);
                 let copied = &self.shared.copied_bytes;
-                copied.fetch_add(bytes.len() as u64, Ordering::SeqCst);
-                self.on_base(base, bytes.len() as u64, |disk| {
-                    disk.write(*start, bytes, false)
-                })?;
+                copied.fetch_add(*len as u64, Ordering::SeqCst);
+                let write = Write {
+                    start: *start,
+                    memory: memory.clone(),
+                    len: *len,
+                };
+                self.begin_write(base, write)?;
             }
         }
         self.keep_to_speed(reached.read)?;
         Ok(reached.position)
     }
 
+    /// Has a piece written; not more than a few are at the same time.
+    fn begin_write(&mut self, base: &mut Base, write: Write) -> Result<(), End> {
+        if !base.disk.is_whole(write.start, write.len) {
+            self.write_out(base)?;
+            return self.write(base, &write);
+        }
+        base.writes.resize_with(WRITES, || None);
+        self.settle(base, false)?;
+        let tag = loop {
+            match base.writes.iter().position(Option::is_none) {
+                Some(free) => break free,
+                None => self.settle(base, true)?,
+            }
+        };
+        let mut buffers = Buffers::default();
+        let whole = buffers.push_own(&write.memory, 0, write.len);
+        whole.map_err(|error| base.failed(error))?;
+        let request = Request {
+            tag: tag as u16,
+            operation: Operation::Write { durable: false },
+            offset: write.start,
+            length: write.len as u64,
+            buffers,
+        };
+        if let Some(slot) = base.writes.get_mut(tag) {
+            *slot = Some(write);
+        }
+        base.disk.push(request).map_err(|error| base.failed(error))
+    }
+
+    /// Waits until nothing is being written.
+    fn write_out(&mut self, base: &mut Base) -> Result<(), End> {
+        while base.writes.iter().any(Option::is_some) {
+            self.settle(base, true)?;
+        }
+        Ok(())
+    }
+
+    /// Sees to what has been written; with `wait`, when there is some.
+    fn settle(&mut self, base: &mut Base, wait: bool) -> Result<(), End> {
+        self.check()?;
+        let completed = base.disk.completed(wait);
+        for completion in completed.map_err(|error| base.failed(error))? {
+            let slot = base.writes.get_mut(usize::from(completion.tag));
+            let Some(write) = slot.and_then(Option::take) else {
+                continue;
+            };
+            if let Err(error) = completion.result {
+                if !self.lacks_space(&error, write.len as u64)? {
+                    return Err(base.failed(error));
+                }
+                self.write(base, &write)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, base: &mut Base, write: &Write) -> Result<(), End> {
+        let bytes = write.memory.bytes().get(..write.len).unwrap_or(&[]);
+        self.on_base(base, bytes.len() as u64, |disk| {
+            disk.write(write.start, bytes, false)
+        })
+    }
+
     fn flush(&mut self, base: &mut Base) -> Result<(), End> {
+        self.write_out(base)?;
         self.check()?;
         self.on_base(base, 0, Blocking::flush)
     }

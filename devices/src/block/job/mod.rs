@@ -59,8 +59,9 @@ use crate::sandbox::{Allow, COMMON, Filter};
 /// What its thread calls: it waits, has others do the rest, and looks how much space there is.
 pub const SYSCALLS: &[&[Allow]] = &[COMMON, crate::disk::space::SYSCALLS];
 
-/// What it calls beside that where it makes a raw image larger.
-pub const GROW_SYSCALLS: &[Allow] = &[allow!(ftruncate), allow!(lseek)];
+/// What it calls beside that for a base: where it makes a raw image larger, and to look what is
+/// written while it does something else.
+pub const BASE_SYSCALLS: &[Allow] = &[allow!(ftruncate), allow!(lseek), allow!(read)];
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
