@@ -13,6 +13,9 @@
 //! of them, and their ends; one job's own part is in [`live`]. Everything is called on the VMM
 //! thread. A job is gone with the machine, what is known of it with the VM.
 //!
+//! One that waits for space runs ([`JobInfo::waiting_for_space`]). One that has failed at its end while
+//! its thread waits for the host is shown as running until that has come back: nobody else waits for it.
+//!
 //! What ends when it is looked at may have changed the disk's configuration (a commit): the end is
 //! told ([`Ended::tell`]) when that has been published.
 
@@ -34,6 +37,7 @@ use crate::vm::Environment;
 
 /// How many that have ended are still shown.
 const KEPT: usize = 16;
+
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
