@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# QEMU's own image tests ("iotests"), unmodified, with `ballast disk io` as their qemu-io. Sourced by
-# scripts/soak, after common.sh.
+# QEMU's own image tests ("iotests"), unmodified, with `ballast disk io` as their qemu-io, or the
+# other verbs of `ballast disk` as their qemu-img. Sourced by scripts/soak, after common.sh.
 #
 #   fetch_iotests DIR              fetch and unpack the tests of the QEMU that is installed
-#   iotests DIR PROGRAM ARGS…      run them, with `check`'s arguments; what passes with qemu-io has
-#                                  to pass with PROGRAM, but for what iotests-differences lists
+#   iotests DIR PROGRAM TOOL ARGS… run them, with `check`'s arguments; what passes with TOOL (qemu-io
+#                                  or qemu-img) has to pass with PROGRAM in its place, but for what
+#                                  iotests-differences-TOOL lists
 #
 # The tests are not ours (GPL), and not kept: they come with QEMU's source package, through apt.
 
@@ -35,17 +36,17 @@ fetch_iotests() {
     rm -rf "$apt"
 }
 
-# iotest DIR PROGRAM TEST ARGS… runs one and prints how it went: pass, fail, skip or late. What it
+# iotest DIR IMG IO TEST ARGS… runs one and prints how it went: pass, fail, skip or late. What it
 # said is in DIR/log. There is no system emulator for it: tests that want one fail with qemu-io too.
 iotest() {
-    local dir=$1 program=$2 test=$3 log=$1/log
-    shift 3
+    local dir=$1 img=$2 io=$3 test=$4 log=$1/log
+    shift 4
     rm -rf "$dir/run"
     mkdir -p "$dir/run"
     (
         cd "$dir/tests/qemu-iotests"
-        export TEST_DIR=$dir/run SOCK_DIR=$dir/run QEMU_IO_PROG=$program
-        export QEMU_IMG_PROG=/usr/bin/qemu-img QEMU_NBD_PROG=/usr/bin/qemu-nbd
+        export TEST_DIR=$dir/run SOCK_DIR=$dir/run QEMU_IO_PROG=$io
+        export QEMU_IMG_PROG=$img QEMU_NBD_PROG=/usr/bin/qemu-nbd
         export QEMU_PROG=/usr/bin/true QSD_PROG=/usr/bin/true
         timeout -k 5 "${BALLAST_IOTEST_SECONDS:-120}" python3 check -tap "$@" "$test" </dev/null
     ) >"$log" 2>&1 || true
@@ -62,14 +63,19 @@ iotest() {
 
 # Sets $same, $differ, $calls and $handed_over; ends where something differs that is not listed.
 iotests() {
-    local dir=$1 program=$2 test how failed=() before lib=$ballast_scripts/lib
-    shift 2
+    local dir=$1 program=$2 tool=$3 test how failed=() before lib=$ballast_scripts/lib
+    local stock=(/usr/bin/qemu-img /usr/bin/qemu-io) ours differences=$lib/iotests-differences-$3
+    shift 3
+    case $tool in
+        qemu-img) ours=("$lib/as-qemu-img" /usr/bin/qemu-io) ;;
+        qemu-io) ours=(/usr/bin/qemu-img "$lib/as-qemu-io") ;;
+    esac
     export BALLAST=$program BALLAST_CALLS=$dir/calls
     : >"$BALLAST_CALLS"
     same=0 differ=0
-    for test in $(cd "$dir/tests/qemu-iotests" && iotests_with_io); do
+    for test in $(cd "$dir/tests/qemu-iotests" && iotests_with "$tool"); do
         before=$(calls_of ballast)
-        how=$(iotest "$dir" "$lib/as-qemu-io" "$test" "$@")
+        how=$(iotest "$dir" "${ours[@]}" "$test" "$@")
         # One that is about nothing but what is refused says nothing.
         (($(calls_of ballast) > before)) || how=skip
         case $how in
@@ -77,8 +83,8 @@ iotests() {
             skip) ;;
             *)
                 mv "$dir/log" "$dir/log.ballast"
-                [[ $(iotest "$dir" /usr/bin/qemu-io "$test" "$@") == pass ]] || continue
-                if grep -qE "^$test " "$lib/iotests-differences"; then
+                [[ $(iotest "$dir" "${stock[@]}" "$test" "$@") == pass ]] || continue
+                if grep -qE "^$test " "$differences"; then
                     differ=$((differ + 1))
                 else
                     failed+=("$test")
@@ -87,21 +93,27 @@ iotests() {
                 ;;
         esac
     done
-    handed_over=$(calls_of qemu-io)
+    handed_over=$(calls_of "$tool")
     calls=$((handed_over + $(calls_of ballast)))
-    say "check $*: $same as with qemu-io, $differ differ as listed, ${#failed[@]} differ otherwise;" \
-        "$handed_over of $calls calls were qemu-io's own"
+    say "check $*: $same as with $tool, $differ differ as listed, ${#failed[@]} differ otherwise;" \
+        "$handed_over of $calls calls were $tool's own"
     ((same > 0)) || die "no test ran: $(tail -n 3 "$dir/log")"
-    ((${#failed[@]} == 0)) || die "check $* ${failed[*]}: not as with qemu-io"
+    ((${#failed[@]} == 0)) || die "check $* ${failed[*]}: not as with $tool"
 }
 
 calls_of() { grep -cx "$1" "$BALLAST_CALLS" || true; }
 
-# Those that are shell scripts and use qemu-io.
-iotests_with_io() {
-    local test
+# Those that are shell scripts and use it. Of qemu-img's, those that need a server or an emulator as
+# well are left out: of images they do no more than make some.
+iotests_with() {
+    local test uses='QEMU_IO|io_(pattern|zero|test)' not='none of them'
+    if [[ $1 == qemu-img ]]; then
+        uses='QEMU_IMG|_make_test_img|_img_info|_check_test_img'
+        not='_launch_qemu|_require_qemu|[$]QEMU |QSD|run_qemu|QEMU_NBD|nbd_server|qemu-nbd'
+    fi
     for test in [0-9][0-9][0-9] tests/*; do
-        if [[ $(head -n 1 "$test") == *bash* ]] && grep -qE 'QEMU_IO|io_(pattern|zero|test)' "$test"; then
+        if [[ $(head -n 1 "$test") == *bash* ]] && grep -qE "$uses" "$test" &&
+            ! grep -qE "$not" "$test"; then
             echo "$test"
         fi
     done

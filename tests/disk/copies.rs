@@ -316,6 +316,7 @@ fn create_says_what_qemu_img_says_and_makes_an_overlay_of_what_is_not_there_when
         "-f qcow2 -o extended_l2=on,cluster_size=32k -b base.raw -F raw new",
         "-f qcow2 -o extended_l2=off,preallocation=metadata new 7M",
         "-f qcow2 -o compat=0.10 new 7M",
+        "-f qcow2 -o compression_type=zstd,extended_l2=on,cluster_size=64k new 7M",
         "-f qcow2 -u -o extended_l2=off -b gone.qcow2 -F qcow2 new 7M",
     ] {
         let theirs = img(folder, &format!("create {line}")).good();
@@ -334,6 +335,12 @@ fn create_says_what_qemu_img_says_and_makes_an_overlay_of_what_is_not_there_when
             "{line}"
         );
         remove(folder, &["new"]);
+    }
+    for (options, why) in [
+        ("compression_type=lzo", "zlib or zstd"),
+        ("compression_type=zstd,compat=0.10", "compression_type"),
+    ] {
+        disk(folder, &format!("create -f qcow2 -o {options} new 1M")).refused(why);
     }
     disk(folder, "create -u -f qcow2 -b gone -F raw new").refused("size");
     disk(folder, "create -f qcow2 -b gone -F raw new 1M").refused("gone");

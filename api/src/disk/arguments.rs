@@ -101,8 +101,9 @@ pub struct Create {
     /// The format of the image below it, which is recorded
     #[arg(short = 'F', value_name = "FORMAT", value_parser = format)]
     pub backing_format: Option<Format>,
-    /// cluster_size, extended_l2, refcount_bits, lazy_refcounts, compat, preallocation, size,
-    /// backing_file, backing_fmt, data_file, data_file_raw; several with commas between; `help` tells of them
+    /// cluster_size, extended_l2, refcount_bits, lazy_refcounts, compat, compression_type,
+    /// preallocation, size, backing_file, backing_fmt, data_file, data_file_raw; several with commas
+    /// between; `help` tells of them
     #[arg(short, value_name = "NAME=VALUE")]
     pub options: Vec<String>,
     /// Where

@@ -83,7 +83,8 @@ fn formatting(new: &CreateOptions, size: u64, out: &mut dyn Write) -> Result<(),
     if let Some(shape) = &shape {
         let (cluster, extended) = (1_u64 << shape.cluster_bits, switch(shape.extended_l2));
         write!(out, " cluster_size={cluster} extended_l2={extended}")?;
-        write!(out, "{preallocation} compression_type=zlib")?;
+        let compression = if shape.zstd { "zstd" } else { "zlib" };
+        write!(out, "{preallocation} compression_type={compression}")?;
     }
     write!(out, " size={size}")?;
     if let Some(backing) = &new.backing {

@@ -11,10 +11,14 @@ use super::arguments::format;
 use super::number::parse_size;
 
 /// The options that there are.
-const KNOWN: [(&str, &str); 11] = [
+const KNOWN: [(&str, &str); 12] = [
     ("backing_file", "name of the image below it"),
     ("backing_fmt", "format of the image below it: raw or qcow2"),
     ("cluster_size", "512 to 2M; 64k, or 128k with subclusters"),
+    (
+        "compression_type",
+        "of clusters that are compressed later: zlib or zstd",
+    ),
     ("compat", "version of the format: 1.1 (v3) or 0.10 (v2)"),
     ("data_file", "name of a new file that the data is to be in"),
     (
@@ -101,6 +105,13 @@ pub fn set(
         "size" => new.size_bytes = Some(size()?),
         "cluster_size" => new.cluster_size = Some(size()?),
         "extended_l2" => new.extended_l2 = Some(switch()?),
+        "compression_type" => {
+            new.zstd = match value {
+                "zlib" => false,
+                "zstd" => true,
+                _ => return Err(wrong("zlib or zstd")),
+            };
+        }
         "lazy_refcounts" => new.lazy_refcounts = switch()?,
         "refcount_bits" => {
             new.refcount_bits = Some(value.parse().map_err(|_| wrong("a number"))?);

@@ -73,6 +73,8 @@ pub struct CreateOptions {
     pub refcount_bits: Option<u32>,
     /// Refcounts may lag behind, and are rebuilt after a crash.
     pub lazy_refcounts: bool,
+    /// Clusters that somebody compresses later are compressed by zstd, not zlib.
+    pub zstd: bool,
     /// Version 2 of the format (`compat=0.10`).
     pub version_2: bool,
     /// The image below it.
@@ -99,6 +101,7 @@ impl CreateOptions {
             extended_l2: None,
             refcount_bits: None,
             lazy_refcounts: false,
+            zstd: false,
             version_2: false,
             backing: None,
             unchecked_backing: false,
@@ -173,6 +176,7 @@ impl CreateOptions {
         };
         only_v3("extended_l2", extended_l2)?;
         only_v3("lazy_refcounts", self.lazy_refcounts)?;
+        only_v3("compression_type", self.zstd)?;
         if extended_l2 && cluster < 16 << 10 {
             return Err(invalid(
                 "cluster_size",
@@ -201,6 +205,7 @@ impl CreateOptions {
             extended_l2,
             refcount_order: bits.trailing_zeros(),
             lazy_refcounts: self.lazy_refcounts,
+            zstd: self.zstd,
             backing: self.backing.as_ref().map(|backing| {
                 let name = backing.name.as_os_str().as_bytes().to_vec();
                 (name, backing.format.name().as_bytes())
@@ -214,6 +219,7 @@ impl CreateOptions {
             ("extended_l2", self.extended_l2.is_some()),
             ("refcount_bits", self.refcount_bits.is_some()),
             ("lazy_refcounts", self.lazy_refcounts),
+            ("compression_type", self.zstd),
             ("compat", self.version_2),
             ("backing_file", self.backing.is_some()),
             ("data_file", self.data_file.is_some()),

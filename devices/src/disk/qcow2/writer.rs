@@ -26,6 +26,7 @@ pub struct Shape {
     pub extended_l2: bool,
     pub refcount_order: u32,
     pub lazy_refcounts: bool,
+    pub zstd: bool,
     /// Name and format.
     pub backing: Option<(Vec<u8>, &'static [u8])>,
     /// Where the data is, if not in the image: there it has its place, and takes none here.
@@ -222,8 +223,8 @@ impl Shape {
         put(&mut bytes, 48, &table_offset.to_be_bytes());
         put(&mut bytes, 56, &table_clusters.to_be_bytes());
         if self.version == 3 {
-            let external = u64::from(self.data.is_some());
-            let incompatible = u64::from(self.extended_l2) << 4 | external << 2;
+            let (external, zstd) = (u64::from(self.data.is_some()), u64::from(self.zstd));
+            let incompatible = u64::from(self.extended_l2) << 4 | zstd << 3 | external << 2;
             put(&mut bytes, 72, &incompatible.to_be_bytes());
             if self.data.as_ref().is_some_and(|data| data.raw) {
                 put(&mut bytes, 88, &AUTOCLEAR_RAW.to_be_bytes());
@@ -232,6 +233,7 @@ impl Shape {
             put(&mut bytes, 80, &compatible.to_be_bytes());
             put(&mut bytes, 96, &self.refcount_order.to_be_bytes());
             put(&mut bytes, 100, &112_u32.to_be_bytes());
+            put(&mut bytes, 104, &[u8::from(self.zstd)]);
         }
         let mut extend = |kind: u32, data: &[u8]| {
             bytes.extend(kind.to_be_bytes());
