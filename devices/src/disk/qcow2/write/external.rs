@@ -169,7 +169,7 @@ impl Engine {
     }
 
     /// Has a range of the data file hold zeroes.
-    async fn clear(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+    pub async fn clear(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         match self.punch(offset, len).await {
             Err(error) if is_unsupported(&error) => {}
             other => return other,

@@ -53,7 +53,7 @@ impl Engine {
             .images()
             .get(1)
             .map_or(0, |layer| layer.disk_bytes());
-        let hidden = below.max(old.next_multiple_of(cluster)).min(size_bytes);
+        let hidden = below.max(old).next_multiple_of(cluster).min(size_bytes);
         let most = match self.layout.version {
             // They are written as data.
             2 => MAX_HIDDEN_BYTES / cluster,

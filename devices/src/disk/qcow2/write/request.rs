@@ -279,7 +279,13 @@ impl Engine {
         let mut all = Buffers::default();
         let mut tail = None;
         for (from, to) in kept_ranges(&self.layout, fill, within, end) {
-            let to = self.kept_end(target.start, to);
+            let kept = self.kept_end(target.start, to);
+            if kept < to {
+                // Nothing that was there is to come to light where the disk becomes larger.
+                let beyond = from.max(kept);
+                self.clear(target.start + beyond, to - beyond).await?;
+            }
+            let to = kept;
             if from >= to {
                 continue;
             }

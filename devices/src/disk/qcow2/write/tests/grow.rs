@@ -260,3 +260,46 @@ fn a_disk_does_not_grow_beyond_the_format_nor_shrink_nor_hide_a_huge_backing_fil
     assert!(format!("{error:?}").contains("hidden"), "{error:?}");
     driver.run(20);
 }
+
+#[test]
+fn what_a_data_file_has_beyond_the_disk_does_not_come_to_light() {
+    let Some(folder) = qemu::folder() else { return };
+    let sizes = [
+        // The last cluster is written to; the backing file ends in one behind.
+        (2 * MIB + 4096, MIB),
+        (MIB + 4096, MIB + 160 * 1024),
+    ];
+    for (number, (old, below)) in sizes.into_iter().enumerate() {
+        for by_qemu in [true, false] {
+            let name = |what: &str| format!("{number}{by_qemu}.{what}");
+            let base = qemu::create(folder.path(), &name("base"), "", below);
+            qemu::io(&base, &[format!("write -P 7 0 {below}")]);
+            let data = folder.path().join(name("data"));
+            let kind = format!(
+                "data_file={},backing_fmt=qcow2,backing_file={}",
+                data.display(),
+                base.display()
+            );
+            let path = qemu::create(folder.path(), &name("qcow2"), &kind, old);
+            std::fs::write(&data, vec![0xee; 4 * MIB as usize]).unwrap();
+            let before = qemu::content(&path);
+            let queue = writable(&options(&path, false, false)).for_test(false);
+            let mut driver = Driver::new(queue, &before, number as u64);
+            driver.push(0, Operation::Write { durable: false }, old / 512 - 1, 1);
+            driver.finish();
+            if !by_qemu {
+                assert!(grow(&mut driver, 3 * MIB, 0));
+            }
+            assert!(driver.errors.is_empty(), "{:?}", driver.errors);
+            drop(driver);
+            if by_qemu {
+                qemu::img(&format!("resize -q -f qcow2 {} 3M", path.display()));
+            }
+            let after = qemu::content(&path);
+            let end = old as usize;
+            assert!(after[..end - 512] == before[..end - 512]);
+            let shown = after[end..].iter().position(|byte| *byte != 0);
+            assert_eq!(shown, None, "{old} {below} {by_qemu}");
+        }
+    }
+}
