@@ -15,9 +15,28 @@ use std::path::{Path, PathBuf};
 
 use super::super::OpenOptions;
 use super::super::open::HostFile;
-use super::chain::{Opening, beside, open_file_as, refused};
+use super::chain::{Opening, beside, failed, open_file_as, refused};
 use super::header::ExternalData;
 use crate::config::{BuildError, Invalid};
+
+/// What the file systems are called (`statfs`) whose files are none, but ways to talk to the kernel:
+/// what a guest writes to `/proc/self/mem` would be our memory.
+const NO_DISKS: [u32; 14] = [
+    0x9fa0,      // proc
+    0x6265_6572, // sysfs
+    0x6462_6720, // debugfs
+    0x7472_6163, // tracefs
+    0x7363_6673, // securityfs
+    0x6265_6570, // configfs
+    0x0027_e0eb, // cgroup
+    0x6367_7270, // cgroup2
+    0xcafe_4a11, // bpf
+    0xde5e_81e4, // efivarfs
+    0x6165_676c, // pstore
+    0xf97c_ff8c, // selinuxfs
+    0x4249_4e4d, // binfmt_misc
+    0x6e73_6673, // nsfs
+];
 
 /// Where the data file is that the header of `image` names, without consent to use it.
 pub fn place(data: &ExternalData, image: &Path) -> Result<PathBuf, BuildError> {
@@ -62,7 +81,17 @@ pub fn open(
     }
     match open_file_as(options, path, how) {
         Ok(host) if host.block_device => Err(refused(path, "a data file must be a regular file")),
-        Ok(host) => check(host.identity).map(|()| host),
+        Ok(host) => {
+            check(host.identity)?;
+            let system = rustix::fs::fstatfs(&host.file).map_err(|e| failed(path, e.into()))?;
+            match NO_DISKS.contains(&(system.f_type as u32)) {
+                true => Err(refused(
+                    path,
+                    "a data file can't be one of the kernel's own",
+                )),
+                false => Ok(host),
+            }
+        }
         Err(BuildError::Invalid(wrong)) => {
             let reason = format!("data file {}: {}", path.display(), wrong.reason);
             Err(Invalid::new(wrong.field, reason).into())

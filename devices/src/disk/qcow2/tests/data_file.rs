@@ -189,6 +189,13 @@ fn a_name_that_leads_elsewhere_than_to_a_data_file_is_refused() {
         let refused = refusal(&options);
         assert!(refused.contains("data file"), "{refused}");
     }
+    // What is no file, however much it looks like one.
+    for readonly in [true, false] {
+        let mut options = options(&names(at, b"/proc/self/mem"));
+        options.readonly = readonly;
+        let refused = refusal(&options);
+        assert!(refused.contains("the kernel's own"), "{refused}");
+    }
     // No extension at all.
     let path = names(at, b"x");
     patch(&path, 112, &[0; 8]);
