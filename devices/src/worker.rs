@@ -15,6 +15,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
@@ -43,6 +44,8 @@ pub enum Order {
     Resume,
     /// Look at what the device's owner has left for it, paused or not.
     Attend,
+    /// The same for many, of whom only the first orders it: it is over when this is false again.
+    AttendAll(Arc<AtomicBool>),
     /// A step in exchanging the engine of a disk's worker, which is paused.
     Exchange(Exchange),
     /// End the thread, after finishing what is in flight.
@@ -127,6 +130,17 @@ impl Orders {
             let _ = self.wake.write(1);
         }
         sent
+    }
+
+    /// Has it [`Order::Attend`] each time that this is called, on whatever thread, but not more often
+    /// than it gets to: what it is told meanwhile, however often, is one order. Says what
+    /// [`Orders::send`] does.
+    pub fn attend_all(self) -> impl Fn() -> bool + Send + Sync + 'static {
+        let ordered = Arc::new(AtomicBool::new(false));
+        move || {
+            let ordered_already = ordered.swap(true, Ordering::SeqCst);
+            ordered_already || self.send(Order::AttendAll(ordered.clone()))
+        }
     }
 }
 
@@ -325,6 +339,7 @@ impl<H: Handler> Loop<H> {
             }
             Order::Resume => Flow::Go,
             Order::Attend => self.attempt(Handler::attend),
+            Order::AttendAll(ordered) => self.attend_all(&ordered),
             Order::Exchange(step) => {
                 self.handler.exchange(step, &self.epoll);
                 Flow::Go
@@ -350,8 +365,8 @@ impl<H: Handler> Loop<H> {
                     }
                 }
                 Ok(Order::Pause(done)) => done(),
-                Ok(Order::Attend) => {
-                    self.attempt(Handler::attend);
+                Ok(order @ (Order::Attend | Order::AttendAll(_))) => {
+                    self.obey(order);
                     // No descriptor is watched that would have it go on later.
                     self.attempt(Handler::quiesce);
                 }
@@ -363,6 +378,12 @@ impl<H: Handler> Loop<H> {
             return self.attempt(Handler::resume);
         }
         Flow::Go
+    }
+
+    fn attend_all(&mut self, ordered: &AtomicBool) -> Flow {
+        // It is seen what was left by whoever found this still true, for it is read, too.
+        ordered.swap(false, Ordering::SeqCst);
+        self.attempt(Handler::attend)
     }
 
     fn activate(&mut self, activation: Activation) -> Flow {
@@ -413,6 +434,66 @@ impl<H: Handler> Loop<H> {
                     EpollEvent::default(),
                 );
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::SeccompMode;
+
+    /// Says that it attends, and ends that when it is told.
+    struct Slow(Sender<()>, Receiver<()>);
+
+    impl Handler for Slow {
+        fn activate(&mut self, _: Activation) -> Result<(), WorkerError> {
+            Ok(())
+        }
+        fn ready(&mut self, _: Source) -> Result<(), WorkerError> {
+            Ok(())
+        }
+        fn quiesce(&mut self) -> Result<(), WorkerError> {
+            Ok(())
+        }
+        fn resume(&mut self) -> Result<(), WorkerError> {
+            Ok(())
+        }
+        fn attend(&mut self) -> Result<(), WorkerError> {
+            let _ = self.0.send(());
+            let _ = self.1.recv();
+            Ok(())
+        }
+        fn reset(&mut self) {}
+    }
+
+    #[test]
+    fn a_worker_that_is_slow_to_attend_does_so_once_for_all_that_it_was_told_meanwhile() {
+        for paused in [false, true] {
+            let ((attends, attended), (go, gate)) = (channel(), channel());
+            let filter = Filter::compile("slow", SeccompMode::Off, &[]).unwrap();
+            let handler = Slow(attends, gate);
+            let worker = Worker::spawn("slow", filter, Reporter::silent(), handler).unwrap();
+            if paused {
+                worker.order(Order::Pause(Box::new(|| ())));
+            }
+            let attend = worker.orders().attend_all();
+            assert!(attend());
+            for _ in 0..3 {
+                attended.recv().unwrap();
+                // It is at it: whatever is left from now on it may have missed.
+                (0..1000).for_each(|_| assert!(attend()));
+                go.send(()).unwrap();
+            }
+            attended.recv().unwrap();
+            go.send(()).unwrap();
+            drop(go);
+            let (done, ended) = channel::<()>();
+            worker.order(Order::Reset(Box::new(move || drop(done))));
+            assert!(ended.recv().is_err());
+            assert!(attended.try_recv().is_err(), "nothing was left");
+            drop(worker);
+            assert!(!attend(), "it is gone");
         }
     }
 }

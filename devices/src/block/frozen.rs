@@ -120,8 +120,8 @@ impl Block {
                 let size = self.queue_sizes.first().copied().unwrap_or(0);
                 let mailboxes = Mailboxes::new(others.len(), size)?;
                 let engine = image.open_queue_with(self.depth_of_all(), Some(&threads(0, 1)))?;
-                let orders = first.orders();
-                let wake: Wake = Arc::new(move || orders.send(Order::Attend));
+                // Guests make them do so: orders must not pile up.
+                let wake: Wake = Arc::new(first.orders().attend_all());
                 let (hub, spokes) = mailboxes.share(engine, &wake);
                 let spokes = spokes.into_iter().map(|spoke| Box::new(spoke) as _);
                 std::iter::once(Box::new(hub) as _).chain(spokes).collect()

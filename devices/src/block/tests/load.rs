@@ -108,7 +108,17 @@ fn handler_over(engine: Engine) -> QueueHandler {
 }
 
 fn handler_of(queues: usize, engine: Engine, limiter: Option<RateLimiter>) -> QueueHandler {
-    let common = Common {
+    handler_from(0, queues, engine, common(limiter))
+}
+
+fn handler_from(first: u16, queues: usize, engine: Engine, common: Common) -> QueueHandler {
+    let retry_now = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let counters = (0..queues).map(|_| Arc::default()).collect();
+    QueueHandler::new(common, first, counters, Box::new(engine), retry_now).unwrap()
+}
+
+fn common(limiter: Option<RateLimiter>) -> Common {
+    Common {
         flush_lost: Arc::default(),
         shared: Arc::new(Shared::new(&Offer {
             size_bytes: 1 << 40,
@@ -133,10 +143,7 @@ fn handler_of(queues: usize, engine: Engine, limiter: Option<RateLimiter>) -> Qu
             Reporter::silent(),
         )),
         detect_zeroes: DetectZeroes::Off,
-    };
-    let retry_now = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-    let counters = (0..queues).map(|_| Arc::default()).collect();
-    QueueHandler::new(common, 0, counters, Box::new(engine), retry_now).unwrap()
+    }
 }
 
 fn activation_of(drivers: &[&Driver]) -> Activation {
@@ -357,9 +364,19 @@ fn the_driver_hears_of_data_that_was_lost_although_another_flush_came_before_its
         engine.lost.store(!full, Ordering::SeqCst);
         engine.full.store(full, Ordering::SeqCst);
         let is_full = engine.full.clone();
-        let mut handler = handler_over(engine);
-        let mut driver = Driver::new(memory(), 0, 128, true);
-        handler.activate(activation(&driver)).unwrap();
+        let common = common(None);
+        let mut handler = handler_from(0, 1, engine, common.clone());
+        let mut other = handler_from(1, 1, super::load::engine(None), common);
+        let mut drivers = [0, 1].map(|index| Driver::new(memory(), index, 128, true));
+        handler.activate(activation(&drivers[0])).unwrap();
+        let queues = vec![drivers[1].queue(1)];
+        let signals = drivers[1].signals.clone();
+        let activation = Activation {
+            features: 0,
+            queues,
+            signals,
+        };
+        other.activate(activation).unwrap();
         let epoll = Epoll::new().unwrap();
         let (reply, answer) = std::sync::mpsc::channel();
         handler.exchange(Exchange::Freeze(reply), &epoll);
@@ -369,7 +386,10 @@ fn the_driver_hears_of_data_that_was_lost_although_another_flush_came_before_its
         answer.recv().unwrap().unwrap();
         is_full.store(false, Ordering::SeqCst);
         handler.resume().unwrap();
-        for status in expected {
+        // Whichever thread of the disk it is that has the driver's.
+        let both = [(&mut other, 1), (&mut handler, 0)];
+        for ((handler, index), status) in both.into_iter().zip(expected) {
+            let driver = &mut drivers[index];
             driver.poke(BUFFERS, &4_u32.to_le_bytes());
             driver.poke(BUFFERS + 4, &[0; 12]);
             let head = driver.chain(&[(BUFFERS, 16, false), (BUFFERS + 0x80, 1, true)]);
