@@ -119,12 +119,13 @@ impl Tracking {
         map.as_ref().map_or(0, |map| map.count << map.unit_bits)
     }
 
-    /// Takes out the first range that has changed at or behind `from`, of about `most` bytes at
-    /// most: where it begins and ends.
+    /// Takes out the first range that has changed at or behind `from`, which is 0 or where one that
+    /// was taken out ended, of about `most` bytes at most: where it begins and ends.
     pub fn take(&self, from: u64, most: u64) -> Option<(u64, u64)> {
         let mut map = self.0.map();
         let map = map.as_mut()?;
-        let first = map.first_at(from >> map.unit_bits)?;
+        // Where the disk ends within a unit, that is one which was taken out already.
+        let first = map.first_at(from.div_ceil(1 << map.unit_bits))?;
         let units = (most >> map.unit_bits).max(1);
         let mut end = first;
         while end < first + units && map.clear(end) {
@@ -231,6 +232,10 @@ mod tests {
             drop(map.change(WRITE, size - 512, 512));
             let (start, end) = tracking.take(0, u64::MAX).unwrap();
             assert!(start < size && end == size, "{size}");
+            // Changed once more, it is for the next round.
+            drop(map.change(WRITE, size - 512, 512));
+            assert_eq!(tracking.take(end, u64::MAX), None, "{size}");
+            assert_eq!(tracking.take(0, u64::MAX), Some((start, end)));
             // What is beyond the end changes nothing.
             drop(map.change(WRITE, u64::MAX - 512, u64::MAX));
             assert_eq!(tracking.bytes(), 0);

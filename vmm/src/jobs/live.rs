@@ -231,8 +231,8 @@ impl Live {
                 reason,
                 ..self.ended_as(JobStatus::Ready)
             }),
-            // It tells when it is ready again.
-            Err(ConcludeError::NoSpace) => {
+            // It tells when it is ready again, or has ended.
+            Err(ConcludeError::NoSpace | ConcludeError::NotReady) => {
                 self.retry = Retry::default();
                 None
             }

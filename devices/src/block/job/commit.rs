@@ -24,6 +24,7 @@ use std::time::Duration;
 use super::thread::{End, Told, Unfinished, Work};
 use super::{ConcludeError, Job, JobStatus};
 use crate::block::frozen::{Frozen, gone};
+use crate::block::hold::is_no_space;
 use crate::block::{Block, ImageType, Opened, snapshot};
 use crate::config::{BuildError, Invalid};
 use crate::disk::blocking::Blocking;
@@ -265,11 +266,11 @@ impl Work {
             let Some(write) = slot.and_then(Option::take) else {
                 continue;
             };
-            if let Err(error) = completion.result {
-                if !self.lacks_space(&error, write.len as u64)? {
-                    return Err(base.failed(error));
-                }
-                self.write(base, &write)?;
+            match completion.result {
+                Ok(()) => {}
+                // There may be space by now: others that failed with it were waited for.
+                Err(error) if is_no_space(&error) => self.write(base, &write)?,
+                Err(error) => return Err(base.failed(error)),
             }
         }
         Ok(())
@@ -406,14 +407,13 @@ impl Job {
         };
         let (reply, answer) = channel();
         let told = self.told.send(Told::Finish(reply));
-        told.map_err(|_| not_moved(io::Error::other("the job's thread is gone")))?;
+        // One that is gone has said why.
+        told.map_err(|_| ConcludeError::NotReady)?;
         match answer.recv_timeout(self.bounds.last_copy) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Unfinished::NoSpace)) => Err(ConcludeError::NoSpace),
             Ok(Err(Unfinished::Failed(reason))) => Err(not_moved(io::Error::other(reason))),
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(not_moved(io::Error::other("the job's thread is gone")))
-            }
+            Err(RecvTimeoutError::Disconnected) => Err(ConcludeError::NotReady),
             Err(RecvTimeoutError::Timeout) => {
                 // What it does may take the host any time; nobody waits for that.
                 self.cancel();

@@ -11,6 +11,10 @@ use crate::disk::Image;
 /// Why a job that was ready could not be concluded.
 #[derive(Debug, thiserror::Error)]
 pub enum ConcludeError {
+    /// It is at work, or has ended: one that was ready may have come to lack space since somebody
+    /// looked.
+    #[error("the job is not ready")]
+    NotReady,
     /// The queue could not write out in time what it has; may be tried again.
     #[error("writing out what the disk holds took too long")]
     Timeout,
@@ -63,7 +67,7 @@ impl Job {
             })
         };
         if *self.shared.status() != JobStatus::Ready {
-            return refuse("the job is not ready");
+            return Err(ConcludeError::NotReady);
         }
         if !Arc::ptr_eq(&self.on_disk.0, &block.job) {
             return refuse("the job is one of another disk");

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -66,9 +68,22 @@ struct Host {
     /// Steps that have begun and come to no end.
     begun: Mutex<Vec<Reply>>,
     reclaim_fails: bool,
+    /// So many of the writes to the base that are under way beside others are told to lack space.
+    full: AtomicUsize,
 }
 
 impl Host {
+    /// What is told of those that were completed.
+    fn tell(&self, completed: &mut [Completion]) {
+        // Tags of this size are of requests that are waited for.
+        for one in completed.iter_mut().filter(|one| one.tag != u16::MAX) {
+            let take = |full: usize| full.checked_sub(1);
+            if self.full.fetch_update(SeqCst, SeqCst, take).is_ok() {
+                one.result = Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
+        }
+    }
+
     /// What becomes of a step of the same kind.
     fn fate_of(&self, step: Step) -> Fate {
         let (which, fate) = *self.fate.lock().unwrap();
@@ -112,7 +127,7 @@ impl Image for Faulty<dyn Image> {
     }
     fn open_queue_with(&self, depth: u16, threads: Option<&Threads>) -> io::Result<Box<dyn Queue>> {
         let queue = self.0.open_queue_with(depth, threads)?;
-        Ok(Box::new(Slow(queue, self.1.base.clone())))
+        Ok(Box::new(Slow(queue, self.1.clone())))
     }
     fn has_owner(&self) -> bool {
         self.0.has_owner()
@@ -161,7 +176,7 @@ impl Image for Faulty<dyn Image> {
 }
 
 /// Completes nothing while its gate is closed.
-struct Slow(Box<dyn Queue>, Arc<Gate>);
+struct Slow(Box<dyn Queue>, Arc<Host>);
 
 impl Queue for Slow {
     fn push(&mut self, request: Request) {
@@ -171,11 +186,17 @@ impl Queue for Slow {
         self.0.start()
     }
     fn poll(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
-        self.0.poll(completed)
+        let before = completed.len();
+        let result = self.0.poll(completed);
+        self.1.tell(&mut completed[before..]);
+        result
     }
     fn wait(&mut self, completed: &mut Vec<Completion>) -> io::Result<()> {
-        self.1.pass();
-        self.0.wait(completed)
+        self.1.base.pass();
+        let before = completed.len();
+        let result = self.0.wait(completed);
+        self.1.tell(&mut completed[before..]);
+        result
     }
     fn held(&self) -> usize {
         self.0.held()
@@ -218,6 +239,7 @@ impl Stuck {
             fate: Mutex::new((None, Fate::Done)),
             begun: Mutex::default(),
             reclaim_fails,
+            full: AtomicUsize::new(0),
         });
         let expected = qemu::content(&path);
         let mut disk = Disk::on(&path, PLAIN, over());
@@ -461,4 +483,17 @@ fn a_job_that_is_cancelled_waits_for_a_step_that_has_begun_only_so_long() {
             stuck.goes_on();
         }
     }
+}
+
+#[test]
+fn writes_under_way_that_lacked_space_wait_for_it_only_while_there_is_none() {
+    let Some(stuck) = Stuck::new(Bounds::default(), false) else {
+        return;
+    };
+    stuck.host.full.store(5, SeqCst);
+    // The first that it tells of is the end.
+    let (mut job, _) = stuck.ready();
+    assert_eq!(stuck.host.full.load(SeqCst), 0);
+    job.conclude(&stuck.disk.block, true).unwrap();
+    stuck.moved(job);
 }

@@ -301,7 +301,7 @@ fn the_end_of_a_commit_is_put_off_until_there_is_space_for_the_rest() {
                     assert_eq!(job.view().status, JobStatus::Running);
                 }
                 // It waits still.
-                ConcludeError::NotMoved(_) => assert!(waits(&job), "{error}"),
+                ConcludeError::NotReady => assert!(waits(&job), "{error}"),
                 other => panic!("{other}"),
             }
             // At once, and however often.
