@@ -48,6 +48,13 @@ impl Setup {
             options += &format!(",backing_file={},backing_fmt=raw", path.display());
         }
         let path = qemu::create(at, "image.qcow2", &options, size);
+        if let Some(data) = &data
+            && !kind.contains("data_file_raw")
+            && !kind.contains("preallocation")
+        {
+            // Places that do not count may have anything, and so may what is beyond the disk.
+            std::fs::write(data, vec![0xee; size as usize + (1 << 20)]).unwrap();
+        }
         if kind.contains("data_file_raw") {
             // QEMU has all of it count at first.
             qemu::io(&path, &[format!("write -z 0 {}", size / 4)]);
