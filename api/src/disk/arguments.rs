@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use devices::disk::resize::NewSize;
-use devices::disk::{Format, LockGranularity, OpenOptions};
+use devices::disk::{Format, OpenOptions};
 
 pub use super::io::arguments::Io;
 use super::number::parse_size;
@@ -70,13 +70,9 @@ impl Image {
 /// To open an image with.
 pub fn open_options(path: &Path, readonly: bool, backing_files: bool) -> OpenOptions {
     OpenOptions {
-        path: path.into(),
         readonly,
-        direct: false,
-        disable_io_uring: false,
-        lock: LockGranularity::ByteRange,
         backing_files,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     }
 }
 

@@ -301,21 +301,12 @@ impl Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::LockGranularity;
 
     #[test]
     fn ranges_that_are_aligned_to_nothing_are_read_and_written() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(64 << 10).unwrap();
-        let options = OpenOptions {
-            path: file.path().into(),
-            readonly: false,
-            direct: false,
-            disable_io_uring: false,
-            lock: LockGranularity::ByteRange,
-            backing_files: false,
-            cache_bytes: None,
-        };
+        let options = OpenOptions::new(file.path());
         let mut disk = Blocking::open(Format::Raw, &options).unwrap();
         let mut model = vec![0; 64 << 10];
         for step in 0..300_usize {
@@ -361,15 +352,7 @@ mod tests {
         let file = std::fs::File::create(&path).unwrap();
         file.set_len(1 << 20).unwrap();
         let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
-        let options = OpenOptions {
-            path,
-            readonly: false,
-            direct: false,
-            disable_io_uring: false,
-            lock: LockGranularity::ByteRange,
-            backing_files: false,
-            cache_bytes: None,
-        };
+        let options = OpenOptions::new(path);
         let mut disk = Blocking::open(Format::Raw, &options).unwrap();
         for (offset, length) in [(1, 200_000), (300_001, 10), (400_000, 1000), (1_048_575, 1)] {
             disk.write_zeroes(offset, length, true, false).unwrap();

@@ -315,6 +315,21 @@ pub struct OpenOptions {
     pub cache_bytes: Option<u64>,
 }
 
+impl OpenOptions {
+    /// For reading and writing, through the page cache, following no names.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            readonly: false,
+            direct: false,
+            disable_io_uring: false,
+            lock: LockGranularity::ByteRange,
+            backing_files: false,
+            cache_bytes: None,
+        }
+    }
+}
+
 /// The formats there are. A format is always told, never guessed from the image's content, which
 /// the guest writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

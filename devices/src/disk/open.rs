@@ -261,19 +261,11 @@ fn lock_failed(path: &Path, error: LockError) -> BuildError {
 
 #[cfg(test)]
 mod tests {
-    use super::super::LockGranularity;
+
     use super::*;
 
     fn options(path: &Path) -> OpenOptions {
-        OpenOptions {
-            path: path.into(),
-            readonly: false,
-            direct: false,
-            disable_io_uring: false,
-            lock: LockGranularity::ByteRange,
-            backing_files: false,
-            cache_bytes: None,
-        }
+        OpenOptions::new(path)
     }
 
     fn refusal(path: &Path) -> String {

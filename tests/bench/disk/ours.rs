@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::disk::{
-    self, Buffers, Completion, Format, Image, LockGranularity, OpenOptions, Operation, Queue,
-    Request, Threads,
+    self, Buffers, Completion, Format, Image, OpenOptions, Operation, Queue, Request, Threads,
 };
 use devices::sandbox::SeccompMode;
 use rustix::mm::{Advice, madvise};
@@ -21,13 +20,10 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Opens an image for reading and writing.
 pub fn open(path: &Path, direct: bool, ring: bool) -> Box<dyn Image> {
     let options = OpenOptions {
-        path: path.into(),
-        readonly: false,
         direct,
         disable_io_uring: !ring,
-        lock: LockGranularity::ByteRange,
         backing_files: true,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     };
     let raw = path.extension().is_some_and(|extension| extension == "raw");
     let format = if raw { Format::Raw } else { Format::Qcow2 };

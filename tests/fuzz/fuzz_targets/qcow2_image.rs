@@ -18,7 +18,7 @@ use devices::disk::blocking::Blocking;
 use devices::disk::qcow2::check::{Listener, Repair, Report, check};
 use devices::disk::qcow2::extents::Extents;
 use devices::disk::qcow2::info::info;
-use devices::disk::{Format, LockGranularity, OpenOptions};
+use devices::disk::{Format, OpenOptions};
 use fuzz::qcow2::{Built, Changes, Shape};
 use fuzz::seeds;
 use libfuzzer_sys::fuzz_target;
@@ -310,13 +310,9 @@ fuzz_target!(
         let untouched = whole && input.changes.0.is_empty();
         let (file, path) = file(&image.bytes);
         let options = OpenOptions {
-            path,
-            readonly: false,
-            direct: false,
             disable_io_uring: input.sync,
-            lock: LockGranularity::ByteRange,
             backing_files: input.backing_files || untouched,
-            cache_bytes: None,
+            ..OpenOptions::new(path)
         };
         tell(&options);
         let before = content(&options);

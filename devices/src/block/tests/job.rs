@@ -12,7 +12,7 @@ use crate::block::job::{Job, JobKind, JobStatus};
 use crate::block::snapshot::snapshot;
 use crate::config::Invalid;
 use crate::disk::qcow2::tests::qemu;
-use crate::disk::{Format, LockGranularity, OpenOptions};
+use crate::disk::{Format, OpenOptions};
 
 pub(super) const BLOCK: usize = 4096;
 /// For what must come at some time, or the test fails.
@@ -26,13 +26,9 @@ pub(super) const PLAIN: Setup = Setup {
 
 pub(super) fn can_write(format: Format, path: &Path) -> bool {
     let options = OpenOptions {
-        path: path.into(),
-        readonly: false,
-        direct: false,
         disable_io_uring: true,
-        lock: LockGranularity::ByteRange,
         backing_files: true,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     };
     match crate::disk::open(format, &options) {
         Ok(_) => true,

@@ -8,7 +8,7 @@ use crate::block::ImageType;
 use crate::block::snapshot::{SnapshotError, snapshot};
 use crate::config::Invalid;
 use crate::disk::qcow2::tests::qemu;
-use crate::disk::{Format, LockGranularity, OpenOptions};
+use crate::disk::{Format, OpenOptions};
 
 const BLOCK: usize = 4096;
 
@@ -20,13 +20,10 @@ const PLAIN: Setup = Setup {
 
 fn options(path: &Path, readonly: bool) -> OpenOptions {
     OpenOptions {
-        path: path.into(),
         readonly,
-        direct: false,
         disable_io_uring: true,
-        lock: LockGranularity::ByteRange,
         backing_files: true,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     }
 }
 

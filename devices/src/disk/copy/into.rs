@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::super::blocking::Blocking;
 use super::super::qcow2::create::{CreateOptions, Watch, create};
 use super::super::qcow2::extents::Extents;
-use super::super::{Format, LockGranularity, OpenOptions};
+use super::super::{Format, OpenOptions};
 use super::{PIECE, is_zero};
 use crate::config::{BuildError, Invalid};
 
@@ -83,13 +83,9 @@ pub fn copy_onto(
     create(&part)?;
     let part = Part(part.path);
     let options = OpenOptions {
-        path: part.0.clone(),
-        readonly: false,
-        direct: false,
         disable_io_uring: source.1.disable_io_uring,
-        lock: LockGranularity::ByteRange,
         backing_files: true,
-        cache_bytes: None,
+        ..OpenOptions::new(part.0.clone())
     };
     let mut disk = Blocking::open(target.format, &options)?;
     original.write_to(&mut disk, &target.path, watch)?;

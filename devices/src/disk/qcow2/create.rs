@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::super::new_file::NewFile;
-use super::super::{Format, LockGranularity, OpenOptions, SECTOR};
+use super::super::{Format, OpenOptions, SECTOR};
 use super::chain::backing_file;
 use super::extents::Extents;
 pub use super::fill::Watch;
@@ -244,13 +244,10 @@ impl CreateOptions {
             format: Some(backing.format.name().as_bytes().to_vec()),
         };
         let options = OpenOptions {
-            path: self.path.clone(),
             readonly: true,
-            direct: false,
             disable_io_uring: true,
-            lock: LockGranularity::ByteRange,
             backing_files: true,
-            cache_bytes: None,
+            ..OpenOptions::new(self.path.clone())
         };
         let under = |error| match error {
             BuildError::Invalid(wrong) => invalid("backing_file", wrong.reason),

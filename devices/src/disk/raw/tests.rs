@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::super::{Buffers, Completion, LockGranularity, Operation, Request};
+use super::super::{Buffers, Completion, Operation, Request};
 use super::*;
 use crate::guest_memory::GuestRam;
 use crate::sandbox::SeccompMode;
@@ -38,13 +38,9 @@ fn engine_with(folder: &str, sync: bool, direct: bool, threads: Option<&Threads>
         .write_all_at(&vec![0xaa; SIZE as usize], 0)
         .unwrap();
     let image = RawImage::open(&OpenOptions {
-        path: file.path().into(),
-        readonly: false,
         direct,
         disable_io_uring: sync,
-        lock: LockGranularity::ByteRange,
-        backing_files: false,
-        cache_bytes: None,
+        ..OpenOptions::new(file.path())
     })
     .unwrap();
     Engine {
@@ -471,13 +467,8 @@ fn a_raw_image_grows_and_a_device_only_as_far_as_it_goes() {
     assert_eq!(engine._image.size_bytes(), SIZE * 3);
     let Some(device) = Loop::new(512) else { return };
     let image = RawImage::open(&OpenOptions {
-        path: device.device.clone().into(),
-        readonly: false,
-        direct: false,
         disable_io_uring: true,
-        lock: LockGranularity::ByteRange,
-        backing_files: false,
-        cache_bytes: None,
+        ..OpenOptions::new(device.device.clone())
     })
     .unwrap();
     assert!(matches!(
@@ -495,13 +486,9 @@ fn a_block_device_is_a_disk_like_any_other() {
                 return;
             };
             let image = RawImage::open(&OpenOptions {
-                path: device.device.clone().into(),
-                readonly: false,
                 direct,
                 disable_io_uring: sync,
-                lock: LockGranularity::ByteRange,
-                backing_files: false,
-                cache_bytes: None,
+                ..OpenOptions::new(device.device.clone())
             })
             .unwrap();
             assert_eq!(image.size_bytes(), SIZE);

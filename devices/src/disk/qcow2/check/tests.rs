@@ -5,7 +5,6 @@ use std::process::Command;
 
 use proptest::prelude::*;
 
-use super::super::super::LockGranularity;
 use super::super::entry::{COMPRESSED, COPIED, OFFSET};
 use super::super::tests::qemu;
 use super::super::{create, extents};
@@ -16,13 +15,9 @@ const MIB: u64 = 1 << 20;
 
 fn options(path: &Path) -> OpenOptions {
     OpenOptions {
-        path: path.into(),
         readonly: true,
-        direct: false,
         disable_io_uring: true,
-        lock: LockGranularity::ByteRange,
-        backing_files: false,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::qemu::Random;
-use super::super::{Buffers, Completion, LockGranularity, Operation, Request};
+use super::super::{Buffers, Completion, Operation, Request};
 use super::*;
 use crate::guest_memory::GuestRam;
 use crate::sandbox::SeccompMode;
@@ -25,13 +25,9 @@ const ROOM: u64 = MEMORY as u64 / DEPTH as u64;
 
 fn options(path: &Path) -> OpenOptions {
     OpenOptions {
-        path: path.into(),
         readonly: true,
-        direct: false,
-        disable_io_uring: false,
-        lock: LockGranularity::ByteRange,
         backing_files: true,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     }
 }
 

@@ -22,9 +22,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::super::super::{
-    Buffers, Completion, LockGranularity, OpenOptions, Operation, Queue, Request,
-};
+use super::super::super::{Buffers, Completion, OpenOptions, Operation, Queue, Request};
 use super::super::chain::Chain;
 use super::super::tests::qemu::{self, Random};
 use super::io::Backend;
@@ -53,13 +51,10 @@ fn seed(of: u64) -> u64 {
 
 fn options(path: &Path, direct: bool, sync: bool) -> OpenOptions {
     OpenOptions {
-        path: path.into(),
-        readonly: false,
         direct,
         disable_io_uring: sync,
-        lock: LockGranularity::ByteRange,
         backing_files: true,
-        cache_bytes: None,
+        ..OpenOptions::new(path)
     }
 }
 
