@@ -111,6 +111,21 @@ impl Setup {
         self.backing.as_ref().map_or(&[], |(_, bytes)| bytes)
     }
 
+    /// What the disk holds, all of which is to be there.
+    pub fn content(&self, image: &check::Image<'_>) -> Vec<u8> {
+        let sectors = image.content(self.backing());
+        sectors.into_iter().flat_map(Option::unwrap).collect()
+    }
+
+    /// Closes the image, in which there is to be all that was written, and nothing wrong.
+    pub fn assert_whole(&self, driver: &mut Driver, shared: &Shared) {
+        driver.queue.close().unwrap();
+        let bytes = shared.lock().unwrap().bytes.clone();
+        let image = check::Image::new(&bytes);
+        assert_eq!(image.check(), 0);
+        driver.compare(&self.content(&image));
+    }
+
     /// Has a range of the backing file hold zeroes.
     pub fn zero_below(&mut self, offset: u64, len: u64) {
         if let Some((path, bytes)) = &mut self.backing {
@@ -278,9 +293,7 @@ pub fn power_cuts(setup: &Setup, seed: u64, operations: usize, cuts: u64) {
     let image = check::Image::new(&bytes);
     assert_eq!(image.check(), setup.given_up, "leaks");
     setup.ask_qemu(&bytes);
-    let sectors = image.content(setup.backing());
-    let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
-    driver.compare(&content);
+    driver.compare(&setup.content(&image));
 }
 
 /// Goes on with an image after a power cut.
@@ -397,9 +410,7 @@ pub fn faults(setup: &Setup, errno: Errno, step: u64) {
         }
         // One fault is told at most to one request of each kind that waited for it.
         assert!(failed <= usize::from(DEPTH), "{failed}");
-        let sectors = image.content(setup.backing());
-        let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
-        driver.compare(&content);
+        driver.compare(&setup.content(&image));
     }
 }
 
@@ -440,13 +451,7 @@ fn a_full_host_is_told_and_what_was_refused_succeeds_when_there_is_room() {
         driver.run(300);
         driver.flush();
         assert!(driver.errors.is_empty(), "{:?}", driver.errors);
-        driver.queue.close().unwrap();
-        let bytes = shared.lock().unwrap().bytes.clone();
-        let image = check::Image::new(&bytes);
-        assert_eq!(image.check(), 0);
-        let sectors = image.content(setup.backing());
-        let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
-        driver.compare(&content);
+        setup.assert_whole(&mut driver, &shared);
     }
 }
 

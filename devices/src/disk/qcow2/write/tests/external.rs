@@ -93,13 +93,7 @@ fn where_holes_can_not_be_made_zeroes_are_written_and_a_raw_file_is_still_the_di
         driver.run(200);
         driver.flush();
         assert!(driver.errors.is_empty(), "{:?}", driver.errors);
-        driver.queue.close().unwrap();
-        let bytes = shared.lock().unwrap().bytes.clone();
-        let image = check::Image::new(&bytes);
-        assert_eq!(image.check(), 0);
-        let sectors = image.content(setup.backing());
-        let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
-        driver.compare(&content);
+        setup.assert_whole(&mut driver, &shared);
     }
 }
 
@@ -132,13 +126,7 @@ fn either_file_may_have_no_room_and_what_was_refused_succeeds_when_there_is() {
             driver.run(300);
             driver.flush();
             assert!(driver.errors.is_empty(), "{:?}", driver.errors);
-            driver.queue.close().unwrap();
-            let bytes = shared.lock().unwrap().bytes.clone();
-            let image = check::Image::new(&bytes);
-            assert_eq!(image.check(), 0);
-            let sectors = image.content(setup.backing());
-            let content: Vec<u8> = sectors.into_iter().flat_map(Option::unwrap).collect();
-            driver.compare(&content);
+            setup.assert_whole(&mut driver, &shared);
         }
     }
 }

@@ -95,11 +95,6 @@ fn grow(driver: &mut Driver, size: u64, requests: usize) -> bool {
     result.is_ok()
 }
 
-fn content(setup: &Setup, image: &check::Image<'_>) -> Vec<u8> {
-    let sectors = image.content(setup.backing());
-    sectors.into_iter().flat_map(Option::unwrap).collect()
-}
-
 #[test]
 fn a_power_cut_while_a_disk_grows_leaves_it_as_large_as_before_or_after() {
     let cuts: u64 = match std::env::var("BALLAST_POWER_CUTS") {
@@ -142,7 +137,7 @@ fn a_power_cut_while_a_disk_grows_leaves_it_as_large_as_before_or_after() {
         assert_eq!(image.check(), 0, "leaks");
         assert_eq!(image.size_bytes(), new);
         setup.ask_qemu(&bytes);
-        driver.compare(&content(&setup, &image));
+        driver.compare(&setup.content(&image));
     }
 }
 
@@ -227,7 +222,7 @@ fn a_fault_while_a_disk_grows_is_told_and_it_can_be_tried_again() {
             let bytes = shared.lock().unwrap().bytes.clone();
             let image = check::Image::new(&bytes);
             image.check();
-            driver.compare(&content(&setup, &image));
+            driver.compare(&setup.content(&image));
         }
     }
 }
